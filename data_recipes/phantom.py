@@ -1,0 +1,105 @@
+"""Phantom: an analytic head of ellipsoids with sided structures and lesions, from code alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnimri.anatomy import CLASS_OF_NAME
+from omnimri.example import Record
+from omnimri.grid import COLUMNS, NORMAL, ROWS
+from omnimri.volume import Volume
+
+from .describe import describe
+from .recipe import Recipe, generator
+from .scanner import CODE_OF_EXTRA, draw_scan, scan_record
+
+# name, centre (right, anterior, superior) and radii in mm; sided parts are given for the right side.
+_PARTS: tuple[tuple[str, tuple[float, float, float], tuple[float, float, float]], ...] = (
+    ("CSF", (0, 0, 0), (68, 84, 62)),
+    ("cerebral cortex", (1, 0, 4), (65, 80, 56)),
+    ("cerebral white matter", (2, 0, 4), (52, 66, 44)),
+    ("lateral ventricle", (13, -2, 12), (9, 30, 12)),
+    ("thalamus", (12, -14, -4), (9, 15, 9)),
+    ("caudate", (16, 26, 6), (8, 14, 12)),
+    ("putamen", (30, 10, -2), (8, 20, 14)),
+    ("hippocampus", (32, -20, -20), (9, 22, 9)),
+    ("cerebellum cortex", (22, -52, -42), (26, 24, 18)),
+    ("brain-stem", (0, -22, -42), (13, 13, 26)),
+    ("4th ventricle", (0, -36, -40), (7, 7, 8)),
+)
+_SIDED = {"cerebral cortex", "cerebral white matter", "lateral ventricle", "thalamus", "caudate", "putamen",
+          "hippocampus", "cerebellum cortex"}
+
+
+class Phantom(Recipe):
+    """An analytic head; every person's proportions differ."""
+
+    name = "phantom"
+    licence = "Apache-2.0"
+    citation = "This project"
+    obtain = "nothing to obtain: made by code"
+    tasks = ("segment", "detect", "reconstruct", "report")
+
+    def __init__(
+        self, *, image_size: int = 96, num_slices: int = 4, mirror: bool = True, with_kspace: bool = True, device: str = "cpu"
+    ) -> None:
+        self.image_size, self.num_slices, self.mirror = image_size, num_slices, mirror
+        self.with_kspace, self.device = with_kspace, torch.device(device)
+
+    def record(self, seed: int, index: int) -> Record:
+        """One study of one analytic head."""
+        g = generator(seed, self.name, index)
+        jitter = 1 + 0.08 * torch.randn(len(_PARTS), 3, generator=g).clamp(-2, 2)
+        scan = draw_scan(
+            g,
+            num_slices=self.num_slices,
+            size=self.image_size,
+            brain_box=(torch.tensor([-66.0, -82, -60]), torch.tensor([66.0, 82, 60])),
+            head_centre=torch.tensor([0.0, 4, 0]),
+            mirror=self.mirror,
+        )
+        found = scan_record(
+            g, scan, lambda p: head_codes(p, jitter), size=self.image_size, with_kspace=self.with_kspace, device=self.device
+        )
+        return describe(found, g)
+
+
+def head_codes(points: Tensor, jitter: Tensor) -> Tensor:
+    """(..., 3) mm -> (...) uint8 tissue codes. The head is asymmetric: the right frontal pole bulges."""
+    x, y, z = points.unbind(-1)
+    right = x > 0
+
+    def inside(centre: tuple[float, float, float], radii: Tensor, x: Tensor = x) -> Tensor:
+        a, b, c = radii.tolist()
+        return ((x - centre[0]) / a) ** 2 + ((y - centre[1]) / b) ** 2 + ((z - centre[2]) / c) ** 2 < 1
+
+    codes = torch.zeros(points.shape[:-1], dtype=torch.uint8, device=points.device)
+    codes[inside((0, 4, 0), torch.tensor([79.0, 95, 74]))] = CODE_OF_EXTRA["skin"]
+    codes[inside((0, 4, 0), torch.tensor([76.0, 92, 71]))] = CODE_OF_EXTRA["bone"]
+    codes[inside((34, 88, -14), torch.tensor([12.0, 12, 12]))] = CODE_OF_EXTRA["eye"]
+    codes[inside((-34, 88, -14), torch.tensor([9.0, 9, 9]))] = CODE_OF_EXTRA["eye"]
+    for (name, centre, radii), scale in zip(_PARTS, jitter, strict=True):
+        size = torch.tensor(radii) * scale
+        if name in _SIDED:
+            where = inside(centre, size, x.abs())
+            codes[where & right] = CLASS_OF_NAME[f"right {name}"]
+            codes[where & ~right] = CLASS_OF_NAME[f"left {name}"]
+        else:
+            codes[inside(centre, size)] = CLASS_OF_NAME[name]
+    return codes
+
+
+def record_volume(record: Record) -> Volume:
+    """The middle channel of a record as a volume in scanner space, RAS+ mm, centred at the lattice's middle."""
+    voxels = record.images[:, 1].permute(2, 1, 0).contiguous()
+    affine = torch.zeros(4, 4, dtype=torch.float64)
+    affine[3, 3] = 1
+    column_axis, column_sign = COLUMNS[record.plane]
+    row_axis, row_sign = ROWS[record.plane]
+    affine[column_axis, 0] = column_sign * record.spacing_mm[2]
+    affine[row_axis, 1] = row_sign * record.spacing_mm[1]
+    affine[NORMAL[record.plane], 2] = record.spacing_mm[0]
+    middle = (torch.tensor(voxels.shape, dtype=torch.float64) - 1) / 2
+    affine[:3, 3] = -(affine[:3, :3] @ middle)
+    return Volume(voxels=voxels[None].float(), affine=affine, sequence=record.sequence or "unknown")

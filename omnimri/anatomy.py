@@ -1,0 +1,91 @@
+"""The structures the model knows: FreeSurfer label, name, side, and the tissue class of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LESION = "lesion"
+LESION_LABEL = {"left": 25, "right": 57, "midline": 25}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One segmented structure. `label` is FreeSurfer's number, `tissue` one of gm, wm, csf."""
+
+    label: int
+    name: str
+    tissue: str
+
+    @property
+    def side(self) -> str:
+        """`left`, `right`, or `midline` where the structure has no side."""
+        first = self.name.split()[0]
+        return first if first in ("left", "right") else "midline"
+
+
+_SIDED = (
+    (2, 41, "cerebral white matter", "wm"),
+    (3, 42, "cerebral cortex", "gm"),
+    (4, 43, "lateral ventricle", "csf"),
+    (5, 44, "inferior lateral ventricle", "csf"),
+    (7, 46, "cerebellum white matter", "wm"),
+    (8, 47, "cerebellum cortex", "gm"),
+    (10, 49, "thalamus", "gm"),
+    (11, 50, "caudate", "gm"),
+    (12, 51, "putamen", "gm"),
+    (13, 52, "pallidum", "gm"),
+    (17, 53, "hippocampus", "gm"),
+    (18, 54, "amygdala", "gm"),
+    (26, 58, "accumbens area", "gm"),
+    (28, 60, "ventral DC", "gm"),
+)
+_MIDLINE = ((14, "3rd ventricle", "csf"), (15, "4th ventricle", "csf"), (16, "brain-stem", "wm"), (24, "CSF", "csf"))
+
+STRUCTURES: tuple[Structure, ...] = tuple(
+    sorted(
+        [Structure(left, f"left {name}", t) for left, _, name, t in _SIDED]
+        + [Structure(right, f"right {name}", t) for _, right, name, t in _SIDED]
+        + [Structure(label, name, t) for label, name, t in _MIDLINE],
+        key=lambda s: s.label,
+    )
+)
+"""Class `k` of the model's softmax is `STRUCTURES[k - 1]`; class 0 is background."""
+
+NAMES: tuple[str, ...] = tuple(s.name for s in STRUCTURES)
+CLASS_OF_LABEL = {s.label: k + 1 for k, s in enumerate(STRUCTURES)}
+CLASS_OF_NAME = {s.name: k + 1 for k, s in enumerate(STRUCTURES)}
+MIRROR = {s.name: s.name.replace("left", "\0").replace("right", "left").replace("\0", "right") for s in STRUCTURES}
+"""The name each structure takes when the head is mirrored."""
+
+SEQUENCES = ("T1w", "T1w-Gd", "T2w", "PDw", "FLAIR", "other")
+SEQUENCE_WORDS = {
+    "T1w": "T1-weighted",
+    "T1w-Gd": "contrast-enhanced T1-weighted",
+    "T2w": "T2-weighted",
+    "PDw": "proton-density-weighted",
+    "FLAIR": "FLAIR",
+    "other": "unclassified",
+}
+PLANES = ("axial", "coronal", "sagittal")
+
+
+def resolve_names(request: str) -> tuple[str, ...]:
+    """Turn `"all"` or `"left hippocampus,lesion"` into names; an unsided name means both sides.
+
+    Raises:
+        ValueError: a name is not known; the message lists the known ones.
+    """
+    if request.strip().lower() == "all":
+        return (*NAMES, LESION)
+    lower = {n.lower(): n for n in (*NAMES, LESION)}
+    chosen: list[str] = []
+    for part in (p.strip().lower() for p in request.split(",")):
+        both = [lower[f"{side} {part}"] for side in ("left", "right") if f"{side} {part}" in lower]
+        if part in lower:
+            chosen.append(lower[part])
+        elif both:
+            chosen += both
+        else:
+            known = ", ".join(sorted({n.removeprefix("left ").removeprefix("right ") for n in lower.values()}))
+            raise ValueError(f"unknown structure {part!r}; expected 'all' or names from: {known} (sided names too)")
+    return tuple(dict.fromkeys(chosen))

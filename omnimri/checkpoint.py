@@ -1,0 +1,161 @@
+"""A model directory: config.json, model.safetensors, tokenizer/, provenance.json, digests.json; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from .model.omnimri import OmniMRI
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""The checkpoint that travels in the package."""
+DIGESTS = "digests.json"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_digests(folder: Path) -> None:
+    """Write `digests.json` over every other file of the folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DIGESTS)
+    values = {str(p.relative_to(folder)): sha256(p) for p in files}
+    (folder / DIGESTS).write_text(json.dumps(values, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has digests: a sentence, or None when all files are as written."""
+    try:
+        values: dict[str, str] = json.loads((folder / DIGESTS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{DIGESTS} cannot be read ({type(error).__name__})"
+    for name, digest in values.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} is damaged (its SHA-256 differs from the one written with it)"
+    return None
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Add digests to a finished folder, flush it to disk and move it into place in one step."""
+    write_digests(partial)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+
+
+def newest_good(run: Path) -> Path | None:
+    """The newest undamaged `checkpoints/step-*` of a run; damaged ones are passed over with a warning."""
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        warnings.warn(f"checkpoint {folder.name} is not used: {wrong}; falling back to the one before", stacklevel=2)
+    return None
+
+
+def resolve(folder: str | Path) -> Path:
+    """A model directory from a model directory or a run directory.
+
+    Raises:
+        ValueError: there is no model in it.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    found = newest_good(folder) if folder.is_dir() else None
+    if found is None:
+        raise ValueError(f"expected a checkpoint (config.json, model.safetensors) in {folder}, found none")
+    return found
+
+
+def save_model(
+    model: OmniMRI,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write weights, configuration, tokenizer and provenance into an existing folder.
+
+    Args:
+        state: Weights to write in place of the model's own (for a narrower data type).
+    """
+    model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if provenance is not None:
+        (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(resolve(folder) / "tokenizer"), local_files_only=True)
+
+
+def load_weights(model: OmniMRI, folder: str | Path) -> tuple[list[str], list[str], list[str]]:
+    """Hand weights over by name, where shapes agree.
+
+    Returns:
+        Names loaded, names of the model that stay new, names of the file that are unused.
+
+    Raises:
+        ValueError: no weight matches.
+    """
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(resolve(folder).glob("*.safetensors")):
+        if path.name.startswith("model"):
+            tensors.update(load_file(path))
+    own = model.state_dict()
+    # A language model with adapters keeps its base weights one level deeper.
+    deeper = {n.replace(".base_layer.", "."): n for n in own if ".base_layer." in n}
+    named = {n if n in own else deeper.get(n, n): t for n, t in tensors.items()}
+    fits = {n: t for n, t in named.items() if n in own and own[n].shape == t.shape}
+    if not fits:
+        raise ValueError(f"expected weights of this model in {folder}, got {len(tensors)} tensors of which none matches")
+    model.load_state_dict({n: t.to(own[n].dtype) for n, t in fits.items()}, strict=False)
+    tied = set(model._tied_weights_keys or {})
+    return sorted(fits), sorted(set(own) - set(fits) - tied), sorted(set(named) - set(fits))
+
+
+def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[OmniMRI, PreTrainedTokenizerBase, str]:
+    """The model of a checkpoint in evaluation mode (float32), its tokenizer, and the SHA-256 of its weights.
+
+    Raises:
+        ValueError: the folder holds no model, is damaged, or its weights do not belong to its configuration.
+    """
+    from .model.config import OmniMRIConfig
+    from .model.omnimri import OmniMRI
+
+    found = resolve(folder)
+    if (found / DIGESTS).exists() and (wrong := damage(found)):
+        raise ValueError(f"checkpoint {found} cannot be used: {wrong}; fetch or train it again")
+    config = OmniMRIConfig.from_pretrained(str(found), local_files_only=True)
+    model = OmniMRI(config)
+    _, new, _ = load_weights(model, found)
+    if new:
+        raise ValueError(f"checkpoint {found} lacks {len(new)} weights of its own configuration, such as {new[0]}")
+    digest = hashlib.sha256("".join(sha256(p) for p in sorted(found.glob("model*.safetensors"))).encode()).hexdigest()
+    return model.float().eval().to(device), load_tokenizer(found), digest

@@ -1,0 +1,247 @@
+"""Record (what a recipe or a scan gives) -> Example (tensors) -> Batch (padded); prepare() and collate()."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES, SEQUENCES
+from .conversation import IGNORE, QUERY_NAMES, Message, Rendered, card, query_messages, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LESION_CLASS = len(NAMES) + 1
+"""Row of the lesion query; rows 1..len(NAMES) are structures, 0 is unused."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A study on the model's lattice with whatever is known about it."""
+
+    images: Tensor
+    """(S, 3, H, W) float32, any units; the middle channel is the slice, the outer ones neighbours (see `Grid`)."""
+    positions_mm: Tensor
+    """(S,) relative to the middle of the study."""
+    plane: str
+    spacing_mm: tuple[float, float, float]
+    """Slice, row, column."""
+    sequence: str | None = None
+    labels: Tensor | None = None
+    """(S, H, W) uint8 structure classes, 0 background; the structure a lesion grew in is kept under it."""
+    lesions: Tensor | None = None
+    """(S, H, W) uint8: 0, or the lesion's rank by volume, from 1."""
+    lesion_places: tuple[str, ...] | None = None
+    """Place of each lesion by rank, such as `left cerebral white matter`."""
+    caption: str = ""
+    conversations: tuple[tuple[Message, ...], ...] = ()
+    kspace: Mapping[str, Tensor] = field(default_factory=dict)
+    """`kspace` and `coils` (coils, h, w) complex64, `mask` (1, w) bool, `image` (h, w) float32; or nothing."""
+    facts: tuple[str, ...] = ()
+    """What the caption says; records with equal facts are each other's positives in contrast."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One study as tensors; every field is what `Batch` stacks."""
+
+    images: Tensor
+    """(S, 3, H, W) float32, normalised."""
+    positions_mm: Tensor
+    plane: Tensor
+    """() long, index into `PLANES`."""
+    chosen: Tensor
+    """(L,) long: the slices the language model sees."""
+    input_ids: Tensor
+    """(T,) long: the conversation."""
+    text_labels: Tensor
+    """(T,) long, IGNORE where nothing is learnt."""
+    segment_class: Tensor
+    """(T,) long: at each `<segment>` of an answer the class it must draw; 0 elsewhere."""
+    query_ids: Tensor
+    """(Q,) long: the standing query exchange."""
+    query_labels: Tensor
+    """(Q,) long: learns the sequence words only."""
+    caption_ids: Tensor
+    """(C,) long: the caption alone, for contrast."""
+    evidence_places: Tensor
+    """(E,) long: which mask each evidence slot pools: class of a structure, or `LESION_CLASS` + rank - 1."""
+    labels: Tensor
+    """(S, H, W) uint8, 255 where unknown."""
+    lesions: Tensor
+    """(S, H, W) uint8, 255 where unknown."""
+    spacing_mm: Tensor
+    """(3,)"""
+    facts: Tensor
+    """() long: a hash of the caption's facts."""
+    kspace: Tensor
+    coils: Tensor
+    kspace_mask: Tensor
+    kspace_image: Tensor
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Scale a study so that its foreground's 1st and 99th percentiles become 0 and 1; clip to [-0.1, 1.5].
+
+    Args:
+        images: (S, 3, H, W), any units.
+
+    Raises:
+        ValueError: the study has no contrast or holds values that are not finite.
+    """
+    sample = images[:, 1, ::3, ::3].flatten()
+    if not bool(torch.isfinite(sample).all()):
+        raise ValueError("expected finite intensities, got NaN or infinity; export the series again")
+    floor, top = torch.quantile(sample, torch.tensor([0.01, 0.995], device=sample.device)).tolist()
+    fore = sample[sample > floor + 0.1 * (top - floor)]
+    if fore.numel() < 16 or top <= floor:
+        raise ValueError("expected an image with contrast, got a nearly constant one")
+    low, high = torch.quantile(fore, torch.tensor([0.01, 0.99], device=sample.device)).tolist()
+    low = min(low, floor + 0.1 * (top - floor))
+    return ((images - low) / max(high - low, 1e-6 * abs(high), 1e-12)).clamp(-0.1, 1.5)
+
+
+def language_slices(num_slices: int, most: int) -> Tensor:
+    """(L,) long: at most `most` slices, evenly over the study."""
+    if num_slices <= most:
+        return torch.arange(num_slices)
+    return ((torch.arange(most) + 0.5) * num_slices / most).long()
+
+
+def place_class(place: str) -> int:
+    """The class of a place such as `left cerebral white matter`, or the lesion class."""
+    return LESION_CLASS if place == LESION else CLASS_OF_NAME[place]
+
+
+def segment_classes(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, *, learnt_only: bool = True) -> list[int]:
+    """The class named before each `<segment>`: the longest structure name that ends nearest to it, else lesion."""
+    token = tokenizer.convert_tokens_to_ids("<segment>")
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    classes = [0] * len(rendered.ids)
+    since = 0
+    for i, (t, label) in enumerate(zip(rendered.ids, rendered.labels, strict=True)):
+        if t == start:
+            since = i
+        if t == token and (label != IGNORE or not learnt_only):
+            classes[i] = named_class(tokenizer.decode(rendered.ids[since:i]))
+            since = i + 1
+    return classes
+
+
+def named_class(text: str) -> int:
+    """Class of the structure whose name is the last in `text`; the lesion class when none is named in it."""
+    clause = text.split(".")[-1]
+    found = [(clause.rfind(name) + len(name), len(name), name) for name in (*NAMES, LESION) if name in clause]
+    if not found:
+        return LESION_CLASS
+    name = max(found)[2]
+    return LESION_CLASS if name == LESION or LESION in clause else CLASS_OF_NAME[name]
+
+
+def prepare(
+    record: Record,
+    conversation: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_slices: int,
+    tokens_per_slice: int,
+    answer_prefix: str | None = None,
+    show_sequence: bool = True,
+) -> Example:
+    """Make tensors of a record and a conversation: the same for training and for serving.
+
+    Args:
+        answer_prefix: Opens an assistant turn for generation.
+        show_sequence: Whether the card tells the sequence (where it is known).
+    """
+    images = normalise(record.images)
+    chosen = language_slices(len(images), max_slices)
+    num_image_tokens = len(chosen) * tokens_per_slice
+    shown = record.sequence if show_sequence else None
+    study = card(record.plane, shown, record.lesion_places)
+    rendered = render(
+        conversation, tokenizer, study=study, num_image_tokens=num_image_tokens, answer_prefix=answer_prefix
+    )
+    known = record.sequence or SEQUENCES[0]
+    query = render(query_messages(known), tokenizer, study=card(record.plane), num_image_tokens=num_image_tokens)
+    sequence_only = len(tokenizer(query_messages(known)[1].text.split(".")[0] + ".")["input_ids"])
+    query_labels, learnt = [IGNORE] * len(query.ids), 0
+    for i, label in enumerate(query.labels):
+        if label != IGNORE and learnt < sequence_only and record.sequence:
+            query_labels[i], learnt = label, learnt + 1
+    places: list[int] = []
+    if record.lesion_places is not None:
+        places = [*range(1, len(NAMES) + 1)]
+        places += [LESION_CLASS + k for k in range(min(len(record.lesion_places), 4))]
+    unknown = torch.full((len(images), *images.shape[-2:]), 255, dtype=torch.uint8)
+    empty = torch.zeros(0)
+    long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
+    return Example(
+        images=images,
+        positions_mm=record.positions_mm.float(),
+        plane=long(PLANES.index(record.plane)),
+        chosen=chosen,
+        input_ids=long(rendered.ids),
+        text_labels=long(rendered.labels),
+        segment_class=long(segment_classes(rendered, tokenizer)),
+        query_ids=long(query.ids),
+        query_labels=long(query_labels),
+        caption_ids=long(render([Message("assistant", record.caption)], tokenizer).ids),
+        evidence_places=long(places),
+        labels=unknown if record.labels is None else record.labels,
+        lesions=unknown if record.lesions is None else record.lesions,
+        spacing_mm=torch.tensor(record.spacing_mm),
+        facts=long(stable_hash(" ".join(record.facts))),
+        kspace=record.kspace.get("kspace", empty),
+        coils=record.kspace.get("coils", empty),
+        kspace_mask=record.kspace.get("mask", empty),
+        kspace_image=record.kspace.get("image", empty),
+    )
+
+
+def stable_hash(text: str) -> int:
+    """A 62-bit hash that is the same in every process."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+Batch = dict[str, Tensor]
+"""Stacked `Example` fields, `attention_mask` beside each id field. Ids are right-padded."""
+
+_IDS = {"input_ids": "attention_mask", "query_ids": "query_mask", "caption_ids": "caption_mask"}
+_FILL = {"text_labels": IGNORE, "query_labels": IGNORE}
+
+
+def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
+    """Stack examples of equal slice number and image size; token fields are padded on the right.
+
+    Raises:
+        ValueError: the examples' images differ in shape.
+    """
+    shapes = {tuple(e.images.shape) for e in examples}
+    if len(shapes) != 1:
+        raise ValueError(f"expected examples of one shape in a batch, got {sorted(shapes)}")
+    batch: dict[str, Any] = {}
+    for f in fields(Example):
+        values: list[Tensor] = [getattr(e, f.name) for e in examples]
+        if len({tuple(v.shape) for v in values}) == 1 and f.name not in _IDS:
+            batch[f.name] = torch.stack(values)
+        else:
+            longest = max(len(v) for v in values)
+            fill = pad_id if f.name in _IDS else _FILL.get(f.name, 0)
+            stacked = values[0].new_full((len(values), longest), fill)
+            mask = torch.zeros(len(values), longest, dtype=torch.long)
+            for i, v in enumerate(values):
+                stacked[i, : len(v)] = v
+                mask[i, : len(v)] = 1
+            batch[f.name] = stacked
+            if f.name in _IDS:
+                batch[_IDS[f.name]] = mask
+    return batch
+
+

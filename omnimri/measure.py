@@ -1,0 +1,143 @@
+"""Numbers and places from masks and affines; nothing else makes numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .anatomy import NAMES, STRUCTURES
+from .volume import Volume
+
+MAX_INSTANCES = 250
+
+
+def rank_components(mask: Tensor, *, least: int = 1) -> tuple[Tensor, list[int]]:
+    """Split a (X, Y, Z) bool mask into connected components (26 neighbours), the largest first.
+
+    Args:
+        least: Smaller components, in voxels, become 255 (neither lesion nor not).
+
+    Returns:
+        uint8 ranks from 1, of the mask's shape, and the size of each kept component in voxels.
+    """
+    from scipy import ndimage
+
+    labelled, number = ndimage.label(mask.cpu().numpy(), structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labelled.ravel(), minlength=number + 1)[1:]
+    order = np.argsort(-sizes, kind="stable")
+    table = np.zeros(number + 1, dtype=np.uint8)
+    kept = [int(k) for k in order if sizes[k] >= least][:MAX_INSTANCES]
+    table[1:] = 255
+    for rank, k in enumerate(kept, 1):
+        table[k + 1] = rank
+    return torch.from_numpy(table[labelled]).to(mask.device), [int(sizes[k]) for k in kept]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One mask, measured in scanner space."""
+
+    volume_ml: float
+    diameter_mm: float
+    """Longest distance between two voxel centres of one slice, plus one pixel."""
+    box_mm: tuple[tuple[float, float, float], tuple[float, float, float]]
+    """RAS+ mm, lowest and highest corner at voxel edges."""
+    slice_index: int
+    """Slice of largest area, 0-based along the slice axis in position order."""
+    centre_mm: tuple[float, float, float]
+
+
+def measure(mask: Tensor, volume: Volume, *, slice_axis: int) -> Measured:
+    """Measure one non-empty (X, Y, Z) bool mask.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    where = torch.nonzero(mask)
+    if len(where) == 0:
+        raise ValueError("expected a mask with voxels, got an empty one")
+    areas = torch.bincount(where[:, slice_axis], minlength=mask.shape[slice_axis])
+    largest = int(areas.argmax())
+    affine = volume.affine
+    low, high = where.min(0).values.double() - 0.5, where.max(0).values.double() + 0.5
+    corners = torch.cartesian_prod(*(torch.stack([a, b]) for a, b in zip(low, high, strict=True)))
+    world = corners @ affine[:3, :3].T + affine[:3, 3]
+    centre = where.double().mean(0) @ affine[:3, :3].T + affine[:3, 3]
+    box = world.min(0).values.tolist(), world.max(0).values.tolist()
+    return Measured(
+        volume_ml=len(where) * volume.voxel_ml,
+        diameter_mm=_longest(where, areas, volume, slice_axis),
+        box_mm=(tuple(box[0]), tuple(box[1])),
+        slice_index=largest,
+        centre_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
+    )
+
+
+def _longest(where: Tensor, areas: Tensor, volume: Volume, slice_axis: int) -> float:
+    """Longest in-plane distance over all slices, from the convex hull of each slice's border."""
+    from scipy.spatial import ConvexHull, QhullError
+    from scipy.spatial.distance import pdist
+
+    inplane = [a for a in range(3) if a != slice_axis]
+    spacing = torch.tensor(volume.spacing_mm, dtype=torch.float64)
+    pixel = float(spacing[inplane].mean())
+    best = 0.0
+    for index in torch.nonzero(areas).flatten().tolist():
+        flat = (where[where[:, slice_axis] == index][:, inplane].double() * spacing[inplane]).numpy()
+        if len(flat) > 3:
+            try:
+                flat = flat[ConvexHull(flat).vertices]
+            except QhullError:
+                flat = flat[[int(flat[:, k].argmin()) for k in (0, 1)] + [int(flat[:, k].argmax()) for k in (0, 1)]]
+        if len(flat) > 1:
+            best = max(best, float(pdist(flat).max()))
+    return best + pixel
+
+
+def midplane(labels: Tensor, affine: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A point on the head's midplane and its unit normal to the right, mm, from the sided structures.
+
+    Returns:
+        None where too little of both sides is seen.
+    """
+    centres = {}
+    for side in ("left", "right"):
+        wanted = torch.tensor([s.label for s in STRUCTURES if s.side == side], dtype=labels.dtype)
+        where = torch.nonzero(torch.isin(labels, wanted))
+        if len(where) < 100:
+            return None
+        centres[side] = where.double().mean(0) @ affine[:3, :3].T + affine[:3, 3]
+    across = centres["right"] - centres["left"]
+    if float(torch.linalg.vector_norm(across)) < 5:
+        return None
+    return (centres["left"] + centres["right"]) / 2, across / torch.linalg.vector_norm(across)
+
+
+def right_of_midline(where: Tensor, labels: Tensor, affine: Tensor) -> Tensor:
+    """(N,) bool: which of (N, 3) voxels lie right of the midline (world x = 0 where no midplane is found)."""
+    world = where.double() @ affine[:3, :3].T + affine[:3, 3]
+    plane = midplane(labels, affine)
+    if plane is None:
+        return world[:, 0] > 0
+    return (world - plane[0]) @ plane[1] > 0
+
+
+def side_of(right: Tensor) -> str:
+    """`left`, `right`, `midline` (a third or more on each side) from voxels' sides."""
+    share = float(right.double().mean())
+    return "right" if share > 2 / 3 else "left" if share < 1 / 3 else "midline"
+
+
+def location(mask: Tensor, labels: Tensor) -> str:
+    """Name of the structure that most of the mask lies in, or `unlabelled region`."""
+    inside = labels[mask]
+    counts = torch.stack([(inside == s.label).sum() for s in STRUCTURES])
+    return NAMES[int(counts.argmax())] if int(counts.max()) else "unlabelled region"
+
+
+def size_word(diameter_mm: float) -> str:
+    """small below 10 mm, medium below 30 mm, large from there."""
+    return "small" if diameter_mm < 10 else "medium-sized" if diameter_mm < 30 else "large"

@@ -1,0 +1,1 @@
+"""The model: vision, projector, language, heads."""

@@ -1,0 +1,73 @@
+"""Signal equations, centred Fourier transforms, coil maps and undersampling masks; native complex tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def spin_echo(pd: Tensor, t1_ms: Tensor, t2_ms: Tensor, *, tr_ms: Tensor, te_ms: Tensor) -> Tensor:
+    """Spin-echo magnitude, M0 (1 - exp(-TR/T1)) exp(-TE/T2) (Bernstein et al., Handbook of MRI Pulse Sequences)."""
+    return pd * (1 - torch.exp(-tr_ms / t1_ms)) * torch.exp(-te_ms / t2_ms)
+
+
+def inversion_recovery(
+    pd: Tensor, t1_ms: Tensor, t2_ms: Tensor, *, tr_ms: Tensor, te_ms: Tensor, ti_ms: Tensor
+) -> Tensor:
+    """Inversion-recovery magnitude, |M0 (1 - 2 exp(-TI/T1) + exp(-TR/T1))| exp(-TE/T2)."""
+    return pd * (1 - 2 * torch.exp(-ti_ms / t1_ms) + torch.exp(-tr_ms / t1_ms)).abs() * torch.exp(-te_ms / t2_ms)
+
+
+def spoiled_gradient_echo(pd: Tensor, t1_ms: Tensor, *, tr_ms: Tensor, flip_rad: Tensor) -> Tensor:
+    """Spoiled gradient-echo magnitude at short TE: Ernst's formula."""
+    e1 = torch.exp(-tr_ms / t1_ms)
+    return pd * torch.sin(flip_rad) * (1 - e1) / (1 - torch.cos(flip_rad) * e1)
+
+
+def fft2c(x: Tensor) -> Tensor:
+    """Centred, orthonormal 2-D Fourier transform over the last two axes, image -> k-space."""
+    return torch.fft.fftshift(
+        torch.fft.fft2(torch.fft.ifftshift(x, dim=(-2, -1)), norm="ortho"), dim=(-2, -1)
+    )
+
+
+def ifft2c(x: Tensor) -> Tensor:
+    """Inverse of `fft2c`."""
+    return torch.fft.fftshift(
+        torch.fft.ifft2(torch.fft.ifftshift(x, dim=(-2, -1)), norm="ortho"), dim=(-2, -1)
+    )
+
+
+def line_mask(width: int, acceleration: float, generator: torch.Generator, centre_fraction: float = 0.1) -> Tensor:
+    """(width,) bool: a fully sampled centre and uniformly random lines outside it, about `width/acceleration` in all."""
+    centre = max(4, round(width * centre_fraction))
+    mask = torch.zeros(width, dtype=torch.bool)
+    mask[(width - centre) // 2 : (width - centre) // 2 + centre] = True
+    wanted = max(0, round(width / acceleration) - centre)
+    free = torch.nonzero(~mask).flatten()
+    mask[free[torch.randperm(len(free), generator=generator)[:wanted]]] = True
+    return mask
+
+
+def gaussian_coils(num_coils: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """(coils, H, W) complex64 sensitivities: smooth lobes on a ring with slow phase, unit root-sum-of-squares."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    angle = 2 * torch.pi * (torch.arange(num_coils) + torch.rand((), generator=generator)) / num_coils
+    cy, cx = 1.2 * torch.sin(angle), 1.2 * torch.cos(angle)
+    lobe = torch.exp(-((y[None] - cy[:, None, None]) ** 2 + (x[None] - cx[:, None, None]) ** 2) / 1.5)
+    a, b, c = (torch.rand(num_coils, 3, generator=generator) * 2 - 1).T
+    phase = torch.pi * (a[:, None, None] * y + b[:, None, None] * x + c[:, None, None])
+    coils = torch.polar(lobe, phase)
+    return coils / coils.abs().square().sum(0, keepdim=True).sqrt()
+
+
+def estimate_coils(kspace: Tensor, centre: int = 24) -> Tensor:
+    """Sensitivities of (S, coils, H, W) k-space from its fully sampled centre: low-resolution images over their
+    root-sum-of-squares (McKenzie et al., MRM 2002)."""
+    *_, h, w = kspace.shape
+    window = torch.zeros(h, w)
+    ch, cw = min(centre, h), min(centre, w)
+    taper = torch.hann_window(ch + 2, periodic=False)[1:-1, None] * torch.hann_window(cw + 2, periodic=False)[None, 1:-1]
+    window[(h - ch) // 2 : (h - ch) // 2 + ch, (w - cw) // 2 : (w - cw) // 2 + cw] = taper
+    low = ifft2c(kspace * window)
+    return low / low.abs().square().sum(-3, keepdim=True).sqrt().clamp(min=1e-8)

@@ -1,0 +1,127 @@
+"""Segmentation: a query at `<segment>` meets pixel features; structures compete in a softmax, lesions stand alone.
+
+Shapes: B studies, S slices, K structure classes (0 is background), C pixel width, h = H/2, w = W/2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..anatomy import NAMES, STRUCTURES
+
+if TYPE_CHECKING:
+    from ..grid import Grid
+    from ..model.config import OmniMRIConfig
+
+UNKNOWN = 255
+
+
+class SegmentHead(nn.Module):
+    """Hidden states -> mask queries; queries x pixel features -> logits."""
+
+    def __init__(self, config: OmniMRIConfig) -> None:
+        super().__init__()
+        width, pixel = config.text_config.hidden_size, config.pixel_width
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, pixel + 1))
+        self.background = nn.Parameter(torch.zeros(pixel + 1))
+        with torch.no_grad():
+            self.background[-1] = 2.0
+
+    def queries(self, hidden: Tensor) -> Tensor:
+        """(..., E) -> (..., C + 1); the last number is the bias."""
+        return self.query(self.norm(hidden))
+
+    def logits(self, queries_BKC: Tensor, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of every structure and, last, of lesion: (B, K, C + 1) with (B S, C, h, w).
+
+        Returns:
+            structures (B S, K, h, w) with background first, lesion (B S, h, w).
+        """
+        b = len(queries_BKC)
+        n, c, h, w = pixels_NCHW.shape
+        background = self.background.to(queries_BKC.dtype).expand(b, 1, c + 1)
+        every = torch.cat([background, queries_BKC], 1)
+        x = torch.einsum("bkc,bscp->bskp", every[..., :c] / c**0.5, pixels_NCHW.reshape(b, n // b, c, h * w))
+        x = (x + every[:, None, :, c:]).reshape(n, every.shape[1], h, w)
+        lesion = x[:, -1] - 4.0
+        return x[:, :-1], lesion
+
+
+@dataclass(frozen=True)
+class SegmentTarget:
+    """Truth at one phase of the lattice."""
+
+    labels: Tensor
+    """(N, h, w) long, UNKNOWN where unlabelled."""
+    lesion: Tensor
+    """(N, h, w) long: 0, 1 or UNKNOWN."""
+
+
+class Segment:
+    """The `<segment>` task."""
+
+    name = "segment"
+    token = "<segment>"
+
+    def head(self, config: OmniMRIConfig) -> nn.Module:
+        """The query MLP and the background query."""
+        return SegmentHead(config)
+
+    def target(self, batch: dict[str, Tensor], phase: int = 0) -> SegmentTarget:
+        """Labels of every second pixel, offset by `phase`."""
+        cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
+        labels, lesions = (batch[k].flatten(0, 1)[cut].long() for k in ("labels", "lesions"))
+        return SegmentTarget(labels, torch.where(lesions == UNKNOWN, lesions, (lesions > 0).long()))
+
+    def loss(self, predicted: tuple[Tensor, Tensor], target: SegmentTarget) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cross-entropy and soft Dice over structures; both over the lesion mask."""
+        structures, lesion = (p.float() for p in predicted)
+        known = target.labels != UNKNOWN
+        ce = F.cross_entropy(structures, target.labels, ignore_index=UNKNOWN, reduction="sum")
+        k = structures.shape[1]
+        probability = structures.softmax(1).transpose(0, 1).reshape(k, -1) * known.reshape(1, -1)
+        truth = F.one_hot(target.labels.masked_fill(~known, 0), k).to(probability.dtype).reshape(-1, k).T
+        truth = truth * known.reshape(1, -1)
+        present = (truth.sum(1) > 0).float()
+        present[0] = 0
+        overlap = 2 * (probability * truth).sum(1) / (probability.sum(1) + truth.sum(1) + 1)
+        seen = target.lesion != UNKNOWN
+        lesion_truth = (target.lesion == 1).float()
+        bce = F.binary_cross_entropy_with_logits(lesion, lesion_truth, weight=seen.float(), reduction="sum")
+        p = lesion.sigmoid() * seen
+        any_lesion = (lesion_truth.sum() > 0).float()
+        lesion_dice = 1 - (2 * (p * lesion_truth).sum() + 1) / (p.sum() + lesion_truth.sum() + 1)
+        return {
+            "segment": (ce, known.sum()),
+            "dice": (((1 - overlap) * present).sum(), present.sum()),
+            "lesion": (bce, seen.sum()),
+            "lesion_dice": (lesion_dice * any_lesion, any_lesion),
+        }
+
+    def read(self, predicted: Tensor, grid: Grid) -> Tensor:
+        """Bring structure logits (K, S, H, W) to scan space, take the argmax there: (X, Y, Z) int32 FreeSurfer labels."""
+        table = torch.tensor([0, *(s.label for s in STRUCTURES)], dtype=torch.int32)
+        answer = torch.zeros(grid.shape, dtype=torch.int32)
+        out = answer.movedim(grid.axes[0], 0)
+        rows, columns = (grid.covered()[a] for a in (1, 2))
+        inside = rows[:, None] & columns[None] if grid.axes[1] < grid.axes[2] else columns[:, None] & rows[None]
+        for index, values in grid.from_grid(predicted):
+            out[index] = (table[values.argmax(0)] * inside).to(torch.int32)
+        return answer
+
+    def read_lesion(self, predicted: Tensor, grid: Grid) -> Tensor:
+        """Bring lesion logits (S, H, W) to scan space: probability (X, Y, Z), zero outside the lattice."""
+        answer = torch.zeros(grid.shape)
+        out = answer.movedim(grid.axes[0], 0)
+        for index, values in grid.from_grid(predicted[None] + 30.0):
+            out[index] = torch.sigmoid(values[0] - 30.0)
+        return answer
+
+
+NUM_CLASSES = len(NAMES) + 1

@@ -1,0 +1,33 @@
+"""The contract of a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..model.config import OmniMRIConfig
+
+
+class Task(Protocol):
+    """An ability: what it is called, the token that drives it, its head, its truth, its loss and its read-out."""
+
+    name: str
+    token: str
+
+    def head(self, config: OmniMRIConfig) -> nn.Module | None:
+        """The module that the token's hidden state drives; None where the answer is text."""
+        ...
+
+    def target(self, batch: dict[str, Tensor]) -> Any:
+        """The truth, from a collated batch."""
+        ...
+
+    def loss(self, predicted: Any, target: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (sum, count) of each loss term."""
+        ...
+
+    def read(self, predicted: Any, *args: Any) -> Any:
+        """The answer in the scan's own space."""
+        ...

@@ -1,0 +1,76 @@
+"""Volume, KSpace, Study: arrays with units, axes and an affine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One MR image in scanner space."""
+
+    voxels: Tensor
+    """(C, X, Y, Z) float32, scanner units."""
+    affine: Tensor
+    """(4, 4) float64, voxel index -> RAS+ mm."""
+    sequence: str = "unknown"
+    """One of `anatomy.SEQUENCES`, or `unknown` when the header does not say."""
+    source: tuple[str, ...] = ()
+    """SOPInstanceUID per slice along the last voxel axis, where it came from DICOM."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Whitelisted numeric header values: repetition_time_ms, echo_time_ms, inversion_time_ms, ..."""
+    name: str = ""
+    """A label made by us (never header text), such as `series 1`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of voxels along the three axes."""
+        _, x, y, z = self.voxels.shape
+        return x, y, z
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel edge lengths, mm, from the affine's columns."""
+        x, y, z = torch.linalg.vector_norm(self.affine[:3, :3], dim=0).tolist()
+        return x, y, z
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(torch.linalg.det(self.affine[:3, :3]).abs()) / 1000.0
+
+
+@dataclass(frozen=True)
+class KSpace:
+    """Multi-coil Cartesian k-space of a stack of slices."""
+
+    data: Tensor
+    """(S, coils, H, W) complex64, centred; unsampled entries are zero."""
+    mask: Tensor
+    """(H, W) bool, sampled positions, or (1, W) for whole lines."""
+    affine: Tensor
+    """(4, 4) float64 of the reconstructed magnitude (W, H, S), RAS+ mm."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a person opened: one or several volumes, or raw k-space, with what was noticed on the way."""
+
+    volumes: tuple[Volume, ...] = ()
+    kspace: KSpace | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def primary(self) -> Volume:
+        """The volume that questions are about unless they name another: the one with most voxels.
+
+        Raises:
+            ValueError: the study holds k-space only.
+        """
+        if not self.volumes:
+            raise ValueError("expected an image, got raw k-space only; reconstruct it first (omnimri reconstruct)")
+        return max(self.volumes, key=lambda v: v.voxels.numel())

@@ -1,0 +1,144 @@
+"""python -m stages vision|align|pretrain|instruct --preset tiny --out DIR [--init DIR] [--set key=value ...]."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import STAGES
+
+DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int}
+
+
+def build_recipe(name: str, data: str | None, model_size: int, settings: dict[str, Any], *, kspace: bool, numbers: Any) -> Any:
+    """The recipe of a name, at the model's image size."""
+    from data_recipes import Phantom, Synthetic
+
+    slices = {"num_slices": settings["num_slices"]} if "num_slices" in settings else {}
+    if name == "phantom":
+        return Phantom(image_size=model_size, with_kspace=kspace, mirror=kspace, **slices)
+    if name == "synthetic":
+        if not data:
+            raise ValueError("recipe synthetic needs --data, the folder of label maps (or OMNIMRI_DATA)")
+        return Synthetic(data, numbers=numbers, image_size=model_size, with_kspace=kspace, mirror=kspace, **slices)
+    raise ValueError(f"unknown recipe {name!r}; expected phantom or synthetic")
+
+
+def recipe_tokenizer(recipe: Any, vocab_size: int) -> Any:
+    """A tokenizer trained on the recipes' wordings: records of a phantom, whose text has the same grammar."""
+    from data_recipes import Phantom
+    from omnimri.anatomy import NAMES
+    from omnimri.conversation import QUERY_REQUEST, card, query_messages
+    from omnimri.tokens import train_tokenizer
+
+    source = Phantom(image_size=48, num_slices=4, with_kspace=False)
+    texts = [n for n in NAMES for _ in range(30)] + [f"{card('axial', None, ())} {QUERY_REQUEST} user assistant"] * 50
+    texts += [query_messages("T1w")[1].text]
+    for i in range(1500):
+        record = source.record(7, i)
+        texts.append(f"{card(record.plane, record.sequence, record.lesion_places)} {record.caption}")
+        texts += [m.text for chat in record.conversations for m in chat]
+    return train_tokenizer(texts, vocab_size)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--preset", default="tiny", help="tiny, small, base or large")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="a run or model directory whose weights to start from")
+    parser.add_argument("--data", default=os.environ.get("OMNIMRI_DATA"), help="folder of label maps for `synthetic`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="steps, batch_size, recipe, ...")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from data_recipes import Mixture
+    from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
+    from omnimri.checkpoint import load_tokenizer, newest_good, resolve
+    from omnimri.model.config import OmniMRIConfig, preset
+    from omnimri.model.omnimri import OmniMRI
+    from omnimri.tokens import token_ids
+
+    from .engine import FitConfig, fit
+
+    stage = importlib.import_module(STAGES[args.stage])
+    types = {f.name: f.type for f in fields(FitConfig)}
+    settings: dict[str, Any] = {}
+    try:
+        for item in args.set:
+            key, sep, value = item.partition("=")
+            if not sep or (key not in DATA_KEYS and key not in types) or key == "learning_rate":
+                known = sorted({*DATA_KEYS, *types} - {"learning_rate"})
+                raise ValueError(f"--set {item!r}: expected KEY=VALUE with a key from {', '.join(known)}")
+            convert = DATA_KEYS.get(key) or {"int": int, "float": float, "bool": lambda v: v == "true", "str": str}[types[key]]
+            settings[key] = convert(value)
+        seed = settings.get("seed", 0)
+        source_of_weights = newest_good(args.out) or (resolve(args.init) if args.init else None)
+        torch.manual_seed(seed)
+        if source_of_weights is not None:
+            tokenizer = load_tokenizer(source_of_weights)
+            config = OmniMRIConfig.from_pretrained(str(source_of_weights))
+            lora, config.lora_rank = config.lora_rank, 0
+            model = OmniMRI(config)
+            if lora:
+                model.add_lora(lora)
+        else:
+            tokenizer = recipe_tokenizer(None, settings.get("vocab_size", 2048))
+            config = preset(args.preset, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
+            config.token_ids = token_ids(tokenizer)
+            model = OmniMRI(config)
+        name = settings.get("recipe", "phantom")
+
+        def source(numbers: Any) -> Any:
+            recipe = build_recipe(name, args.data, model.config.image_size, settings, kspace=stage.NEEDS_KSPACE, numbers=numbers)
+            return stage.Source(Mixture({recipe: 1.0}, seed=seed), tokenizer, model)
+
+        values = {**stage.DEFAULTS, **{k: v for k, v in settings.items() if k in types}}
+        fit_config = FitConfig(learning_rate=stage.LEARNING_RATE, **values)
+        training, validation = source(TRAINING_MAPS), source(CHOOSING_MAPS) if name == "synthetic" else None
+        objective = stage.build(model, fit_config.steps)
+        fit(
+            objective,
+            training,
+            fit_config,
+            args.out,
+            tokenizer=tokenizer,
+            init=args.init,
+            validation=validation,
+            provenance=provenance(args, stage, settings, source_of_weights),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def provenance(args: Any, stage: Any, settings: dict[str, Any], before: Path | None) -> dict[str, Any]:
+    """What made these weights: commit, stage, recipe, settings, licences of the data, and the stages before."""
+    import json
+
+    from data_recipes import RECIPES
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
+    recipe = RECIPES[settings.get("recipe", "phantom")]
+    told = {"stage": args.stage, "preset": args.preset, "commit": commit or "unknown", "recipe": recipe.name,
+            "data_licence": recipe.licence, "data_citation": recipe.citation, "settings": settings}
+    earlier = []
+    if before is not None and (before / "provenance.json").exists():
+        last = json.loads((before / "provenance.json").read_text())
+        earlier = last.get("before", []) + ([{k: v for k, v in last.items() if k != "before"}] if last.get("stage") != args.stage else [])
+    return {**told, "before": earlier}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

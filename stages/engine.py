@@ -1,0 +1,332 @@
+"""Objective, FitConfig, fit(): the only training loop, on accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from omnimri.checkpoint import load_weights, newest_good, publish, save_model
+from omnimri.example import stable_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from omnimri.model.omnimri import OmniMRI
+
+VALIDATION_START = 1 << 40
+"""Indices from here on are never trained on."""
+
+
+class Term(NamedTuple):
+    """One loss term: its sum over what it counts. The engine divides by the count of the whole step."""
+
+    sum: Tensor
+    count: Tensor
+    weight: float = 1.0
+
+
+class Objective(nn.Module):
+    """A model, its loss, and what only training needs (a teacher, a temperature)."""
+
+    model: OmniMRI
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
+        """Loss terms of one batch."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step, for instance to move an EMA teacher."""
+
+    def metrics(self, batch: dict[str, Tensor]) -> dict[str, Term]:
+        """What validation reports beside the loss terms."""
+        return {}
+
+
+class Source(Protocol):
+    """Training examples as a pure function of their index."""
+
+    def example(self, index: int) -> Any:
+        """Example `index`."""
+        ...
+
+    def collate(self, examples: list[Any]) -> dict[str, Tensor]:
+        """A batch of examples."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How long and how fast to train."""
+
+    steps: int
+    learning_rate: Mapping[str, float]
+    """Peak rate by parameter-name glob, first match wins. What no glob names is frozen. A glob that matches
+    nothing is an error."""
+    batch_size: int = 4
+    """Examples a process and micro-batch."""
+    accumulate: int = 1
+    """Micro-batches a step. Over 1, each is run once more without gradient, first, to count what it holds."""
+    warmup: int = 50
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    seed: int = 0
+    workers: int = 0
+    """Loader processes; the batches are the same for any number."""
+    precision: str = "bf16"
+    """bf16 (autocast) or no."""
+    save_every: int = 200
+    keep: int = 2
+    validate_every: int = 200
+    validate_batches: int = 4
+    cpu: bool = False
+
+    def rate(self, step: int) -> float:
+        """Share of the peak rate at a step: linear warm-up, then half a cosine down to 2 %."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def parameter_groups(module: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
+    """Freeze what no glob names and group the rest by rate and decay.
+
+    Raises:
+        ValueError: a glob matches no parameter.
+    """
+    used: dict[str, int] = dict.fromkeys(config.learning_rate, 0)
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        short = name.removeprefix("model.")
+        matched = next((g for g in config.learning_rate if fnmatchcase(short, g)), None)
+        parameter.requires_grad_(matched is not None and not name.startswith("teacher"))
+        if matched is None or not parameter.requires_grad:
+            continue
+        used[matched] += 1
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((config.learning_rate[matched], decay), []).append(parameter)
+    unused = [g for g, n in used.items() if n == 0]
+    if unused:
+        raise ValueError(f"learning-rate globs that match no parameter: {unused}; see named_parameters()")
+    return [{"params": p, "lr": lr, "peak": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+
+
+class _Indices(torch.utils.data.Dataset):
+    """Batches by step: item `k` is the k-th micro-batch of this process."""
+
+    def __init__(self, source: Source, config: FitConfig, start: int, rank: int, world: int) -> None:
+        self.source, self.config, self.start, self.rank, self.world = source, config, start, rank, world
+
+    def __len__(self) -> int:
+        return max(0, (self.config.steps - self.start) * self.config.accumulate)
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        return batch_at(self.source, self.config, self.start * self.config.accumulate + k, self.rank, self.world)
+
+
+def batch_at(source: Source, config: FitConfig, micro: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Micro-batch `micro` of a rank: a pure function of its arguments, drawn under one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first = (micro * world + rank) * config.batch_size
+        return source.collate([source.example(first + i) for i in range(config.batch_size)])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fit(
+    objective: Objective,
+    source: Source,
+    config: FitConfig,
+    out: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    init: Path | None = None,
+    validation: Source | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Train, and save to `out/checkpoints/step-%06d`; continue from the newest undamaged one where there is any.
+
+    Args:
+        init: A checkpoint whose weights are handed over; resuming wins over it.
+        validation: Examples for the numbers logged every `validate_every` steps (`source` when None).
+
+    Returns:
+        The last validation's numbers.
+    """
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=config.cpu, log_with="tensorboard", project_dir=str(out)
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    resumed = newest_good(out)
+    if init is not None and resumed is None:
+        loaded, new, unused = load_weights(objective.model, init)
+        accelerator.print(f"init {init}: {len(loaded)} weights loaded, {len(new)} new, {len(unused)} unused")
+        for title, names in (("new", new), ("unused", unused)):
+            accelerator.print(f"  {title}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "")
+        if hasattr(objective, "after_init"):
+            objective.after_init()
+    groups = parameter_groups(objective, config)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95 if config.steps < 5000 else 0.99))
+    start = 0
+    if resumed is not None:
+        start = _restore(resumed, objective, optimizer)
+        accelerator.print(f"resumed at step {start}")
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.init_trackers("log")
+    loader = torch.utils.data.DataLoader(
+        _Indices(source, config, start, rank, world),
+        batch_size=None,
+        num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None,
+        worker_init_fn=_one_thread,
+    )
+    batches = iter(loader)
+    bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, mininterval=2)
+    last: dict[str, float] = {}
+    for step in range(start, config.steps):
+        tick = time.perf_counter()
+        torch.manual_seed(stable_hash(f"step {config.seed} {step} {rank}") % (1 << 31))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * config.rate(step)
+        window = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(config.accumulate)]
+        wrapped.train()
+        values = _step(accelerator, wrapped, optimizer, window, config)
+        objective.after_step(step)
+        rate = config.batch_size * world * config.accumulate / (time.perf_counter() - tick)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {"samples/s": f"{rate:.1f}"}, refresh=False)
+        bar.update()
+        if step % 10 == 0 or step + 1 == config.steps:
+            accelerator.log({f"train/{k}": v for k, v in values.items()} | {"samples_per_s": rate}, step=step)
+        done = step + 1 == config.steps
+        if (step + 1) % config.validate_every == 0 or done:
+            last = validate(accelerator, wrapped, objective, validation or source, config)
+            accelerator.log({f"validation/{k}": v for k, v in last.items()}, step=step)
+            told = " ".join(f"{k} {v:.4f}" for k, v in last.items())
+            accelerator.print(f"\nstep {step + 1} train {_told(values)} | validation {told}", flush=True)
+        if ((step + 1) % config.save_every == 0 or done) and accelerator.is_main_process:
+            _save(out, step + 1, objective, optimizer, tokenizer, config, provenance or {})
+    bar.close()
+    accelerator.end_training()
+    return last
+
+
+def _told(values: Mapping[str, float]) -> str:
+    return " ".join(f"{k} {v:.4f}" for k, v in values.items())
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _step(accelerator: Any, wrapped: Any, optimizer: Any, window: list[dict[str, Tensor]], config: FitConfig) -> dict[str, float]:
+    """One optimizer step over a window of micro-batches; each term is divided by its count over window and ranks."""
+    totals: dict[str, Tensor] = {}
+    if len(window) > 1:
+        for batch in window:
+            with torch.no_grad(), accelerator.autocast():
+                for name, term in wrapped(batch).items():
+                    totals[name] = totals.get(name, 0) + term.count.detach().double()
+        totals = {k: accelerator.reduce(v) for k, v in totals.items()}
+    sums: dict[str, float] = {}
+    for i, batch in enumerate(window):
+        with accelerator.autocast() if i + 1 == len(window) else accelerator.no_sync(wrapped):
+            terms = wrapped(batch)
+            if not totals:
+                totals = {k: accelerator.reduce(t.count.detach().double()) for k, t in terms.items()}
+            parts = {k: t.sum / totals[k].clamp(min=1e-9).to(t.sum.dtype) for k, t in terms.items()}
+            # Ranks' gradients are averaged by DDP; the totals are sums over ranks already.
+            loss = torch.stack([parts[k].float() * t.weight for k, t in terms.items()]).sum() * accelerator.num_processes
+            accelerator.backward(loss)
+        for k, v in parts.items():
+            sums[k] = sums.get(k, 0.0) + float(v.detach())
+    if not all(math.isfinite(v) for v in sums.values()):
+        raise FloatingPointError(f"the loss is not finite: {sums}; lower the learning rate, or look at the data")
+    accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+@torch.no_grad()
+def validate(accelerator: Any, wrapped: Any, objective: Objective, source: Source, config: FitConfig) -> dict[str, float]:
+    """Loss terms and metrics over fixed examples that training never sees."""
+    wrapped.eval()
+    sums: dict[str, list[float]] = {}
+    for k in range(config.validate_batches):
+        batch = batch_at(source, config, VALIDATION_START + k, accelerator.process_index, accelerator.num_processes)
+        batch = {name: v.to(accelerator.device) for name, v in batch.items()}
+        torch.manual_seed(k)
+        with accelerator.autocast():
+            terms = objective(batch) | objective.metrics(batch)
+        for name, term in terms.items():
+            total, count = sums.setdefault(name, [0.0, 0.0])
+            sums[name] = [total + float(accelerator.reduce(term.sum)), count + float(accelerator.reduce(term.count))]
+    return {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
+
+
+def _save(
+    out: Path,
+    step: int,
+    objective: Objective,
+    optimizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FitConfig,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint beside and move it into place; drop all but the newest `keep`."""
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".step-{step:06d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    told = {**provenance, "steps": step, "seed": config.seed}
+    save_model(objective.model, tokenizer, partial, provenance=told)
+    rest = {k: v.contiguous().clone() for k, v in objective.state_dict().items() if not k.startswith("model.")}
+    save_file(rest or {"none": torch.zeros(1)}, partial / "objective.safetensors")
+    names = {id(p): n for n, p in objective.named_parameters()}
+    state = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in optimizer.state.get(p, {}).items():
+                state[f"{names[id(p)]}|{key}"] = value.detach().clone().contiguous()
+    save_file(state, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step}))
+    publish(partial, folder / f"step-{step:06d}")
+    for old in sorted(folder.glob("step-*"))[: -config.keep]:
+        shutil.rmtree(old)
+
+
+def _restore(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
+    """Bring weights, the objective's own state and the optimizer back; the step to go on from."""
+    load_weights(objective.model, folder)
+    rest = load_file(folder / "objective.safetensors")
+    rest.pop("none", None)
+    own = {k for k in objective.state_dict() if not k.startswith("model.")}
+    if own != set(rest):
+        raise ValueError(f"checkpoint {folder} is of another objective: it differs in {sorted(own ^ set(rest))[:4]}")
+    objective.load_state_dict(rest, strict=False)
+    names = {id(p): n for n, p in objective.named_parameters()}
+    state = load_file(folder / "optimizer.safetensors")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            prefix = f"{names[id(p)]}|"
+            kept = {k: state[f"{prefix}{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{prefix}{k}" in state}
+            if kept:
+                optimizer.state[p] = kept
+    return int(json.loads((folder / "state.json").read_text())["step"])
