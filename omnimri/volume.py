@@ -23,6 +23,8 @@ class Volume:
     """SOPInstanceUID per slice along the last voxel axis, where it came from DICOM."""
     parameters: Mapping[str, float] = field(default_factory=dict)
     """Whitelisted numeric header values: repetition_time_ms, echo_time_ms, inversion_time_ms, ..."""
+    oriented: bool = True
+    """Whether the file told its orientation; without it sides are unknown."""
     name: str = ""
     """A label made by us (never header text), such as `series 1`."""
 

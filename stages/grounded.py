@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator, uniform
@@ -21,7 +22,7 @@ from omnimri.tasks import TASKS, Detect, Reconstruct, Report, Segment
 
 from .engine import Objective, Term
 
-WEIGHTS = {"text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 0.5, "detect": 0.1,
+WEIGHTS = {"naming": 0.2, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 0.5, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 
@@ -51,11 +52,16 @@ class DialogueSource:
 
 
 class GroundedDialogue(Objective):
-    """Next tokens, masks, boxes and reconstruction in one pass over a batch; every head is called every time."""
+    """Next tokens, masks, boxes and reconstruction in one pass over a batch; every head is called every time.
+
+    `naming` is a training aid that is thrown away: from the state at a `<segment>` it tells which name stands before
+    it, so that queries differ by name long before masks could teach them to.
+    """
 
     def __init__(self, model: OmniMRI) -> None:
         super().__init__()
         self.model = model
+        self.naming = torch.nn.Linear(model.config.text_config.hidden_size, LESION_CLASS + 1)
 
     def drive(self, batch: dict[str, Tensor], phase: int, swap: float) -> dict[str, Any]:
         """Run the model: predictions of every head.
@@ -74,6 +80,7 @@ class GroundedDialogue(Objective):
         b = len(batch["images"])
         head = model.heads["segment"]
         queries = head.queries(states["<segment>"].view(b, len(NAMES) + 1, -1))
+        standing = torch.arange(1, LESION_CLASS + 1, device=queries.device).repeat(b)
         feature = pixels.phase(phase)
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
         pooled = pool_evidence(
@@ -90,7 +97,10 @@ class GroundedDialogue(Objective):
             rows = batch["segment_class"][chosen[:, 0], chosen[:, 1]] - 1
             own = head.queries(told.hidden_states[0][chosen[:, 0], chosen[:, 1]])
             queries = queries.index_put((chosen[:, 0], rows), own.to(queries.dtype))
+        spoken = told.hidden_states[0][where[:, 0], where[:, 1]]
+        named = torch.cat([standing, batch["segment_class"][where[:, 0], where[:, 1]]])
         return {
+            "naming": (self.naming(torch.cat([states["<segment>"], spoken])), named),
             "text": told.logits,
             "sequence": asked.logits,
             "segment": head.logits(queries, feature),
@@ -106,6 +116,8 @@ class GroundedDialogue(Objective):
         out = self.drive(batch, phase, swap=0.5)
         segment, detect, reconstruct, report = Segment(), Detect(), Reconstruct(), Report()
         losses = {
+            "naming": (F.cross_entropy(out["naming"][0].float(), out["naming"][1], reduction="sum"),
+                       torch.tensor(float(len(out["naming"][1])), device=out["text"].device)),
             **report.loss(out["text"], report.target(batch)),
             "sequence": report.loss(out["sequence"], batch["query_labels"])["text"],
             **segment.loss(out["segment"], segment.target(batch, phase)),

@@ -16,6 +16,7 @@ LEARNING_RATE = {
     "heads.contrast.*": 0.0,
     "projector.*": 1e-3,
     "language.*": 1e-3,
+    "naming.*": 1e-3,
     "heads.*": 2e-3,
 }
 DEFAULTS = {"steps": 2000, "batch_size": 2, "warmup": 100}

@@ -110,6 +110,6 @@ def preset(name: str, *, vocab_size: int, image_size: int | None = None) -> Omni
             "tie_word_embeddings": True,
             "initializer_range": 0.02 if name != "tiny" else 0.04,
         },
-        shuffle=next(f for f in (3, 4, 2, 1) if side % f == 0),
+        shuffle=next(f for f in range(1, side + 1) if side % f == 0 and side // f <= 4),
         max_slices=chosen["max_slices"],
     )

@@ -69,7 +69,8 @@ class PixelDecoder(nn.Module):
         self.stem2 = nn.Sequential(_block(3, c2, 2), _block(c2, c2))
         self.stem4 = nn.Sequential(_block(c2, c4, 2), _block(c4, c4))
         self.stem8 = nn.Sequential(_block(c4, c8, 2), _block(c8, c8))
-        self.patches = nn.Sequential(nn.GroupNorm(1, d), nn.Conv2d(d, c8 * 4, 1))
+        # LayerNorm, not GroupNorm: torch 2.13's channels-last GroupNorm backward crashes on inputs without gradient.
+        self.patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c8 * 4))
         self.depth = DepthMixing(c8)
         self.mix8 = nn.Sequential(_block(c8, c8), _block(c8, c8))
         self.lift4 = nn.Conv2d(c8, c4 * 4, 1)
@@ -80,13 +81,13 @@ class PixelDecoder(nn.Module):
 
     def forward(self, images_NCHW: Tensor, patches_NPD: Tensor, positions_mm: Tensor) -> Pixels:
         """(N, 3, H, W), (N, P, D), (B, S) with N = B S -> Pixels."""
-        n, p, d = patches_NPD.shape
+        n, p, _ = patches_NPD.shape
         side = round(p**0.5)
         images_NCHW = images_NCHW.contiguous(memory_format=torch.channels_last)
         x2 = self.stem2(images_NCHW)
         x4 = self.stem4(x2)
         x8 = self.stem8(x4)
-        lifted = F.pixel_shuffle(self.patches(patches_NPD.transpose(1, 2).reshape(n, d, side, side)), 2)
+        lifted = F.pixel_shuffle(self.patches(patches_NPD).transpose(1, 2).reshape(n, -1, side, side), 2)
         if lifted.shape[-2:] != x8.shape[-2:]:
             lifted = F.interpolate(lifted, size=x8.shape[-2:], mode="bilinear", align_corners=False)
         x8 = self.mix8(self.depth(x8 + lifted, positions_mm))

@@ -47,7 +47,7 @@ class SegmentHead(nn.Module):
         n, c, h, w = pixels_NCHW.shape
         background = self.background.to(queries_BKC.dtype).expand(b, 1, c + 1)
         every = torch.cat([background, queries_BKC], 1)
-        x = torch.einsum("bkc,bscp->bskp", every[..., :c] / c**0.5, pixels_NCHW.reshape(b, n // b, c, h * w))
+        x = torch.einsum("bkc,bscp->bskp", every[..., :c], pixels_NCHW.reshape(b, n // b, c, h * w))
         x = (x + every[:, None, :, c:]).reshape(n, every.shape[1], h, w)
         lesion = x[:, -1] - 4.0
         return x[:, :-1], lesion

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About two hours of CPU time.
+# Usage: stages/embedded.sh LABEL_MAP_FOLDER RUN_FOLDER
+set -euo pipefail
+data=$1 runs=$2
+common=(--data "$data" --set recipe=synthetic --set seed=1 --set workers=1 --set save_every=100 --set validate_every=200)
+stage() { echo "== $1 $(date +%T)"; python -m stages "$@" "${common[@]}"; }
+stage vision --preset tiny --out "$runs/vision" --set steps=260 --set num_slices=4
+stage align --init "$runs/vision" --out "$runs/align" --set steps=140 --set batch_size=12 --set num_slices=4
+stage pretrain --init "$runs/align" --out "$runs/pretrain" --set steps=2400
+stage instruct --init "$runs/pretrain" --out "$runs/instruct" --set steps=300
