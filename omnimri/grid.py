@@ -176,6 +176,16 @@ class Grid:
             plane = torch.einsum("yh,khw,xw->kyx", rows, mixed, columns)
             yield slice(i, i + 1), plane if self.axes[1] < self.axes[2] else plane.transpose(1, 2)
 
+    def nearest(self, voxels: Tensor) -> Tensor:
+        """(X, Y, Z) labels read at the nearest voxel of each lattice point: (S, H, W), zero outside."""
+        v = voxels.permute(*self.axes)
+        for a in range(3):
+            index = self.start[a] + torch.arange(self.size[a]) * self.step[a]
+            inside = (index >= -0.5) & (index <= v.shape[a] - 0.5)
+            v = v.index_select(a, index.round().long().clamp(0, v.shape[a] - 1))
+            v = v * inside.view([-1 if k == a else 1 for k in range(3)]).to(v.dtype)
+        return v
+
     def covered(self) -> tuple[Tensor, Tensor, Tensor]:
         """For each lattice axis, (voxels,) bool: which voxel rows the lattice reaches."""
         return tuple(self._write(a).sum(1) > 0 for a in range(3))  # type: ignore[return-value]

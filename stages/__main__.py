@@ -30,8 +30,8 @@ def build_recipe(name: str, data: str | None, model_size: int, settings: dict[st
     raise ValueError(f"unknown recipe {name!r}; expected phantom or synthetic")
 
 
-def recipe_tokenizer(recipe: Any, vocab_size: int) -> Any:
-    """A tokenizer trained on the recipes' wordings: records of a phantom, whose text has the same grammar."""
+def recipe_tokenizer(*, vocab_size: int, records: int = 1500) -> Any:
+    """A tokenizer trained on the recipes' wordings: records of a phantom, whose text has every recipe's grammar."""
     from data_recipes import Phantom
     from omnimri.anatomy import NAMES
     from omnimri.conversation import QUERY_REQUEST, card, query_messages
@@ -40,7 +40,7 @@ def recipe_tokenizer(recipe: Any, vocab_size: int) -> Any:
     source = Phantom(image_size=48, num_slices=4, with_kspace=False)
     texts = [n for n in NAMES for _ in range(30)] + [f"{card('axial', None, ())} {QUERY_REQUEST} user assistant"] * 50
     texts += [query_messages("T1w")[1].text]
-    for i in range(1500):
+    for i in range(records):
         record = source.record(7, i)
         texts.append(f"{card(record.plane, record.sequence, record.lesion_places)} {record.caption}")
         texts += [m.text for chat in record.conversations for m in chat]
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             if lora:
                 model.add_lora(lora)
         else:
-            tokenizer = recipe_tokenizer(None, settings.get("vocab_size", 2048))
+            tokenizer = recipe_tokenizer(vocab_size=settings.get("vocab_size", 2048))
             config = preset(args.preset, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
             config.token_ids = token_ids(tokenizer)
             model = OmniMRI(config)

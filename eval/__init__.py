@@ -1,0 +1,1 @@
+"""Numbers: metrics as pure functions, and commands that make the project's figures."""

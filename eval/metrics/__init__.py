@@ -1,0 +1,1 @@
+"""Metrics, one file each: a pure function, and an `evaluate.Metric` around it where others may load it."""

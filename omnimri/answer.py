@@ -1,0 +1,218 @@
+"""Answer: text with its slots filled from masks and header, findings, and the object that `--json` prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .anatomy import LESION, NAMES
+from .examination import Examination, Lesion
+from .measure import size_word
+
+NOTICE = "Research use only. Not a medical device."
+_PARAMETERS = {
+    "<tr>": ("repetition_time_ms", "{:.0f}"),
+    "<te>": ("echo_time_ms", "{:.0f}"),
+    "<ti>": ("inversion_time_ms", "{:.0f}"),
+    "<tesla>": ("field_strength_tesla", "{:g}"),
+}
+_UNITS = {"<tr>": " ms", "<te>": " ms", "<ti>": " ms", "<tesla>": " T"}
+_NONE = re.compile(r"\bno (focal )?lesions?\b|\bno lesion\b", re.IGNORECASE)
+_ONE = re.compile(r"\b(one|a single) lesion\b", re.IGNORECASE)
+_MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A lesion as it is shown: one object with its mask, box and words."""
+
+    lesion: Lesion
+    label: int
+    sop_instance_uid: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's finding."""
+        m = self.lesion.measured
+        return {
+            "name": LESION,
+            "label": self.label,
+            "side": self.lesion.side,
+            "location": self.lesion.place,
+            "volume_ml": round(m.volume_ml, 3),
+            "diameter_mm": round(m.diameter_mm, 1),
+            "box_mm": [[round(v, 2) for v in corner] for corner in m.box_mm],
+            "slice_index": m.slice_index,
+            "sop_instance_uid": self.sop_instance_uid,
+            "confidence": round(self.lesion.confidence, 3),
+        }
+
+
+@dataclass(frozen=True)
+class StructureVolume:
+    """One segmented structure."""
+
+    label: int
+    name: str
+    voxels: int
+    volume_ml: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of the table of structures."""
+        return {"name": self.name, "label": self.label, "voxels": self.voxels, "volume_ml": round(self.volume_ml, 3)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a person gets for a question."""
+
+    text: str
+    raw: str
+    """The text with slots and task tokens, as the model wrote it: what a conversation remembers."""
+    task: str
+    """reconstruct, segment, detect, report, or `text` where no task token was chosen."""
+    study: Mapping[str, Any]
+    scope: Mapping[str, Any]
+    model: Mapping[str, str]
+    findings: tuple[Finding, ...] = ()
+    structures: tuple[StructureVolume, ...] = ()
+    warnings: tuple[str, ...] = ()
+    labels: Tensor | None = None
+    """(X, Y, Z) int32 label map in the scan's own space: what the answer asked to be drawn, lesions included."""
+    affine: Tensor | None = None
+    image: Tensor | None = None
+    """(X, Y, Z) float32: a reconstructed magnitude."""
+    notice: str = field(default=NOTICE)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's object."""
+        told: dict[str, Any] = {
+            "text": self.text,
+            "findings": [f.to_json() for f in self.findings],
+            "study": dict(self.study),
+            "scope": dict(self.scope),
+            "warnings": list(self.warnings),
+            "model": dict(self.model),
+            "notice": self.notice,
+        }
+        if self.structures:
+            told["structures"] = [s.to_json() for s in self.structures]
+        return told
+
+
+def sentences(text: str) -> list[str]:
+    """Split at full stops that end a sentence; slots hold no stop."""
+    return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+
+
+@dataclass(frozen=True)
+class Grounded:
+    """A text of which every sentence has its pixels."""
+
+    raw: str
+    lesions: tuple[Lesion, ...]
+    """The lesion of each lesion `<segment>` in `raw`, in order."""
+    notes: tuple[str, ...]
+
+
+def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool) -> Grounded:
+    """Hold a text against the lesion masks.
+
+    The k-th lesion `<segment>` is the k-th lesion by volume; a sentence whose lesion has no mask is removed, so is one
+    that denies or miscounts lesions that have masks.
+
+    Args:
+        exhaustive: The answer is to tell of every lesion (report, detection): those it forgot are added.
+    """
+    kept: list[str] = []
+    shown: list[Lesion] = []
+    notes: list[str] = []
+    for sentence in sentences(raw):
+        lesional = LESION in sentence
+        number = sentence.count("<segment>") if lesional else 0
+        wrong = (
+            ("denies a lesion that has a mask", bool(_NONE.search(sentence)) and bool(lesions)),
+            ("counts one lesion", bool(_ONE.search(sentence)) and len(lesions) != 1),
+            ("counts several lesions", bool(_MANY.search(sentence)) and len(lesions) < 2),
+            ("tells of a lesion without a mask", lesional and not lesions and not _NONE.search(sentence)),
+            ("tells of a lesion without a mask", number > 0 and len(shown) + number > len(lesions)),
+            ("names another place than the mask's", number == 1 and len(shown) < len(lesions)
+             and not _place_fits(sentence, lesions[len(shown)])),
+            ("tells another side than the largest lesion's", lesional and not number and bool(lesions)
+             and not _place_fits(sentence, lesions[0])),
+        )
+        reason = next((why for why, holds in wrong if holds), None)
+        if reason is None:
+            shown += lesions[len(shown) : len(shown) + number]
+            kept.append(sentence)
+        else:
+            notes.append(f"a sentence was removed because it {reason}")
+    if exhaustive:
+        missing = lesions[len(shown) :]
+        said = [f"There is a <size> lesion in the {x.place} <segment>, <mm> mm in diameter and <ml> ml in volume."
+                for x in missing]
+        place = next((i for i, s in enumerate(kept) if s.startswith("Impression")), len(kept))
+        kept[place:place] = said
+        shown += missing
+        if not lesions and not any(_NONE.search(s) for s in kept):
+            kept.append("No lesion is found.")
+    return Grounded(" ".join(kept) or "I cannot tell from this study.", tuple(shown), tuple(dict.fromkeys(notes)))
+
+
+def _place_fits(sentence: str, lesion: Lesion) -> bool:
+    """Whether the place and side in a sentence are those of the lesion, where it names any."""
+    named = [n for n in NAMES if n in sentence]
+    if named and lesion.place not in named:
+        return False
+    sides = set(re.findall(r"\b(left|right)\b", sentence))
+    return not sides or lesion.side in sides or lesion.side in ("midline", "unknown")
+
+
+def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, num_lesions: int) -> str:
+    """Fill every slot: with the measures of the nearest `<segment>` before it, of the first where none stands before
+    it in its sentence, or with header values.
+
+    Args:
+        measures: For each `<segment>` in order, slot -> text.
+    """
+    out: list[str] = []
+    used = 0
+    for sentence in sentences(raw):
+        inside = sentence.count("<segment>")
+        own = measures[used : used + inside]
+        current = own[0] if own else (measures[used - 1] if used else {})
+        position = -1
+        pieces = re.split(r"(<[a-z]+>)", sentence)
+        for i, piece in enumerate(pieces):
+            if piece == "<segment>":
+                position += 1
+                current = own[position]
+                pieces[i] = current.get("cite", "")
+            elif piece == "<count>":
+                pieces[i] = str(num_lesions)
+            elif piece in _PARAMETERS:
+                name, style = _PARAMETERS[piece]
+                value = seen.volume.parameters.get(name)
+                pieces[i] = style.format(value) if value is not None else "not recorded"
+                if value is None and i + 1 < len(pieces):
+                    pieces[i + 1] = pieces[i + 1].removeprefix(_UNITS[piece])
+            elif re.fullmatch(r"<[a-z]+>", piece):
+                pieces[i] = current.get(piece, "not measured") if piece in ("<ml>", "<mm>", "<size>", "<slice>", "<percent>") else ""
+        used += inside
+        out.append(re.sub(r"\s+([.,;])", r"\1", re.sub(r" {2,}", " ", "".join(pieces))).strip())
+    return " ".join(out)
+
+
+def lesion_measures(lesion: Lesion, num_slices: int) -> dict[str, str]:
+    """Slot texts of a lesion. Slices are counted from 1 for people."""
+    m = lesion.measured
+    return {
+        "<ml>": f"{m.volume_ml:.1f}" if m.volume_ml >= 0.1 else f"{m.volume_ml:.2f}",
+        "<mm>": f"{m.diameter_mm:.0f}",
+        "<size>": size_word(m.diameter_mm),
+        "<slice>": str(m.slice_index + 1),
+        "cite": f"(slice {m.slice_index + 1} of {num_slices})",
+    }

@@ -1,0 +1,375 @@
+"""Assistant: (Study, question) -> Answer in scanner space. Evidence first, then words, then every number."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, resolve_names
+from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, lesion_measures
+from .checkpoint import EMBEDDED, load_model
+from .conversation import Message, card, render
+from .example import LESION_CLASS, language_slices, segment_classes
+from .examination import Examination, answer_labels, examine
+from .measure import measure
+from .physics import estimate_coils
+from .tasks import TASKS, Reconstruct
+from .tokens import digit_ids
+from .volume import KSpace, Study, Volume
+
+MAX_QUESTION = 2000
+MAX_HISTORY = 8
+"""Messages of a conversation that the model is shown again."""
+KEPT_EXAMINATIONS = 2
+
+
+class Assistant:
+    """A loaded model that answers questions about studies. Thread-safe: one question at a time."""
+
+    def __init__(self, checkpoint: str | Path | None = None, *, device: str = "cpu") -> None:
+        """Load a checkpoint, the embedded one by default.
+
+        Raises:
+            ValueError: the checkpoint is missing, damaged or of another kind.
+        """
+        self.model, self.tokenizer, self.digest = load_model(checkpoint or EMBEDDED, device=device)
+        self.name = "OmniMRI embedded" if checkpoint is None else Path(checkpoint).name
+        self.no_digits = digit_ids(self.tokenizer)
+        self._seen: OrderedDict[int, tuple[Volume, Examination]] = OrderedDict()
+        self._lock = Lock()
+
+    # --- looking ----------------------------------------------------------------------------------------------
+
+    def examine(self, volume: Volume) -> Examination:
+        """The examination of a volume; the last few are kept."""
+        key = id(volume)
+        if key not in self._seen or self._seen[key][0] is not volume:
+            config = self.model.config
+            seen = examine(
+                self.model,
+                self.tokenizer,
+                volume,
+                lesion_threshold=getattr(config, "lesion_threshold", 0.5),
+                least_lesion_ml=getattr(config, "least_lesion_ml", 0.05),
+            )
+            self._seen[key] = (volume, seen)
+            while len(self._seen) > KEPT_EXAMINATIONS:
+                self._seen.popitem(last=False)
+        return self._seen[key][1]
+
+    def forget(self) -> None:
+        """Drop everything kept of any study."""
+        self._seen.clear()
+
+    @torch.inference_mode()
+    def reconstruct(self, kspace: KSpace) -> Volume:
+        """Reconstruct k-space to a magnitude volume; the query comes from a look at the zero-filled image."""
+        from .physics import ifft2c
+
+        coils = estimate_coils(kspace.data)
+        zero_filled = (ifft2c(kspace.data) * coils.conj()).sum(1)
+        first = Volume(Reconstruct().read(zero_filled)[None], kspace.affine, oriented=False, name="zero-filled")
+        state = self.examine(first).reconstruct_state
+        mask = kspace.mask.expand(len(kspace.data), *kspace.mask.shape)
+        parts = [
+            self.model.heads["reconstruct"](state.expand(len(k), -1), k, m, c)
+            for k, m, c in zip(kspace.data.split(4), mask.split(4), coils.split(4), strict=True)
+        ]
+        return Volume(Reconstruct().read(torch.cat(parts))[None], kspace.affine, oriented=False, name="reconstruction")
+
+    @torch.inference_mode()
+    def segment(self, study: Study, structures: str = "all") -> Answer:
+        """Label map of the named structures (FreeSurfer ids; lesions 25 and 57), without words.
+
+        Raises:
+            ValueError: a structure is not known, or the study has no image.
+        """
+        wanted = resolve_names(structures)
+        with self._lock:
+            seen = self.examine(study.primary)
+            return self._answer(study, seen, "", "segment", seen.labels, wanted)
+
+    # --- answering --------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        study: Study,
+        question: str,
+        *,
+        history: Sequence[Message] = (),
+        task: str | None = None,
+        on_text: Callable[[str], bool] | None = None,
+        beams: int = 1,
+    ) -> Answer:
+        """Answer one question about a study.
+
+        Args:
+            history: Earlier turns, with slots (`Answer.raw`), never filled text.
+            task: Forces a task token; the model chooses where None.
+            on_text: Called with the text so far; return False to stop.
+            beams: Beams of the search; streaming needs 1.
+
+        Raises:
+            ValueError: the question is empty or too long, or the task is unknown.
+        """
+        question = question.strip()
+        if not question:
+            raise ValueError("expected a question, got none; ask for instance 'Write a report.'")
+        if len(question) > MAX_QUESTION:
+            raise ValueError(f"expected a question of at most {MAX_QUESTION} characters, got {len(question)}; shorten it")
+        if task is not None and task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        with self._lock:
+            if not study.volumes:
+                assert study.kspace is not None
+                image = self.reconstruct(study.kspace)
+                rebuilt = replace(study, volumes=(image,))
+                told = self._speak(rebuilt, question, history, task, on_text, beams)
+                return replace(told, image=image.voxels[0], affine=image.affine)
+            return self._speak(study, question, history, task, on_text, beams)
+
+    def _speak(
+        self,
+        study: Study,
+        question: str,
+        history: Sequence[Message],
+        task: str | None,
+        on_text: Callable[[str], bool] | None,
+        beams: int,
+    ) -> Answer:
+        seen = self.examine(study.primary)
+        if not seen.in_scope:
+            return self._answer(study, seen, "I cannot judge this study: it is unlike the images I was trained on.",
+                                task or "text", torch.zeros_like(seen.labels), ())
+        study_card = card(seen.grid.plane, seen.sequence, seen.record.lesion_places)
+        prefix = "" if task in (None, "segment") else TASKS[task].token
+        tokens = len(language_slices(seen.grid.size[0], self.model.config.max_slices)) * self.model.config.tokens_per_slice
+        messages = [*history[-MAX_HISTORY:], Message("user", question)]
+        while True:
+            rendered = render(messages, self.tokenizer, study=study_card, num_image_tokens=tokens, answer_prefix=prefix)
+            if len(rendered.ids) < self.model.config.text_config.max_position_embeddings - 400 or len(messages) == 1:
+                break
+            messages = messages[2:]
+        ids = torch.tensor([rendered.ids])
+        written = self._generate(ids, seen, on_text, beams)
+        raw = prefix + self.tokenizer.decode(written, skip_special_tokens=False).replace("<|im_end|>", "")
+        raw = raw.replace("<|endoftext|>", "").strip()
+        chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
+        if chosen is None:
+            chosen = "segment" if "<segment>" in raw else "text"
+        labels, wanted, notes = self._draw(study, seen, ids[0].tolist(), written, chosen, task)
+        grounded = ground_lesions(
+            TASKS["report"].read(raw), seen.lesions, exhaustive=chosen in ("report", "detect")
+        )
+        return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
+                            lesions=grounded.lesions, raw=raw)
+
+    def _generate(self, ids: Tensor, seen: Examination, on_text: Callable[[str], bool] | None, beams: int) -> list[int]:
+        """Greedy or beam-searched ids after the prompt; streamed where someone listens."""
+        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+        stop = {"now": False}
+
+        class Stop(StoppingCriteria):
+            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+                return torch.full((len(input_ids),), stop["now"])
+
+        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        settings: dict[str, Any] = {
+            "attention_mask": torch.ones_like(ids),
+            "visual": seen.visual,
+            "evidence": seen.evidence,
+            "max_new_tokens": 320,
+            "do_sample": False,
+            "num_beams": beams,
+            "eos_token_id": end,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "suppress_tokens": self.no_digits,
+            "stopping_criteria": StoppingCriteriaList([Stop()]),
+        }
+        if on_text is None or beams > 1:
+            return self.model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False, timeout=300)
+        out: dict[str, Any] = {}
+
+        def work() -> None:
+            try:
+                with torch.inference_mode():
+                    out["ids"] = self.model.generate(ids, streamer=streamer, **settings)[0, ids.shape[1] :].tolist()
+            except Exception as error:  # handed to the caller's thread
+                out["error"] = error
+                streamer.end()
+
+        thread = Thread(target=work)
+        thread.start()
+        text = ""
+        for piece in streamer:
+            text += piece
+            if on_text(show_unfilled(text)) is False:
+                stop["now"] = True
+        thread.join()
+        if "error" in out:
+            raise out["error"]
+        return out["ids"]
+
+    def _draw(
+        self, study: Study, seen: Examination, prompt: list[int], written: list[int], chosen: str, task: str | None
+    ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
+        """Masks of the structures that the answer's own `<segment>` states ask for.
+
+        Returns:
+            Labels in scan space, the names to be shown, and notes.
+        """
+        from .conversation import Rendered
+
+        full = prompt + written
+        classes = segment_classes(Rendered(full, [-100] * len(prompt) + written), self.tokenizer)
+        own = [(i, k) for i, k in enumerate(classes) if 0 < k < LESION_CLASS]
+        everything = "segment" in (chosen, task) and not own
+        names: tuple[str, ...] = tuple(dict.fromkeys(NAMES[k - 1] for _, k in own))
+        if chosen in ("detect", "report"):
+            return seen.labels, (LESION,), ()
+        if everything and "<segment>" in self.tokenizer.decode(written):
+            return seen.labels, (*NAMES, LESION), ()
+        if not own:
+            return seen.labels, (), ()
+        ids = torch.tensor([full])
+        hidden = self.model(input_ids=ids, visual=seen.visual, evidence=seen.evidence, logits_to_keep=1).hidden_states[0]
+        queries = seen.queries.clone()
+        for i, k in own:
+            queries[0, k - 1] = self.model.heads["segment"].queries(hidden[0, i])
+        return answer_labels(self.model, seen, queries), names, ()
+
+    def _answer(
+        self,
+        study: Study,
+        seen: Examination,
+        text: str,
+        task: str,
+        labels: Tensor,
+        wanted: tuple[str, ...],
+        *,
+        notes: tuple[str, ...] = (),
+        lesions: Sequence[Any] = (),
+        raw: str = "",
+    ) -> Answer:
+        """Measure, fill slots and put everything into scanner space."""
+        volume = seen.volume
+        lesion_map = seen.lesion_label_map()
+        shown_map = torch.zeros_like(labels)
+        structures: list[StructureVolume] = []
+        for structure in STRUCTURES:
+            if structure.name in wanted:
+                mask = labels == structure.label
+                shown_map[mask] = structure.label
+        if LESION in wanted or lesions:
+            shown_map = torch.where(lesion_map > 0, lesion_map, shown_map)
+        for structure in STRUCTURES:
+            if structure.name in wanted:
+                voxels = int((shown_map == structure.label).sum())
+                structures.append(StructureVolume(structure.label, structure.name, voxels, voxels * volume.voxel_ml))
+        if LESION in wanted:
+            for side, label in (("left", LESION_LABEL["left"]), ("right", LESION_LABEL["right"])):
+                voxels = int((shown_map == label).sum())
+                structures.append(StructureVolume(label, f"{side} {LESION}", voxels, voxels * volume.voxel_ml))
+        measures, kept_text, empty = self._measures(text, labels, lesions, seen)
+        filled = fill_slots(kept_text, measures, seen, len(seen.lesions)) if kept_text else _segment_text(structures)
+        told = lesions or (seen.lesions if LESION in wanted or task in ("detect", "report") else ())
+        warnings = (*study.warnings, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
+        if not volume.oriented:
+            warnings = (*warnings, "sides are unknown: the file gives no orientation")
+        return Answer(
+            text=filled,
+            raw=raw or text,
+            task=task,
+            study=self.describe(study, seen),
+            scope={
+                "in_scope": seen.in_scope,
+                "score": round(seen.scope_score, 3),
+                "reason": "" if seen.in_scope else "the image's features lie far from those of the training data",
+            },
+            model={"name": self.name, "checkpoint_sha256": self.digest},
+            findings=tuple(self._finding(x, seen) for x in told),
+            structures=tuple(structures),
+            warnings=tuple(dict.fromkeys(warnings)),
+            labels=shown_map,
+            affine=volume.affine,
+        )
+
+    def _measures(
+        self, text: str, labels: Tensor, lesions: Sequence[Any], seen: Examination
+    ) -> tuple[list[dict[str, str]], str, list[str]]:
+        """Slot texts for each `<segment>`; sentences on a structure whose mask is empty are replaced."""
+        from .answer import sentences
+        from .example import named_class
+
+        by_name = {s.name: s for s in STRUCTURES}
+        measures: list[dict[str, str]] = []
+        kept: list[str] = []
+        empty: list[str] = []
+        waiting = list(lesions)
+        slices = seen.volume.shape[seen.slice_axis]
+        for sentence in sentences(text):
+            parts = sentence.split("<segment>")[:-1]
+            found: list[dict[str, str]] = []
+            for part in parts:
+                k = named_class(part)
+                if k == LESION_CLASS and waiting:
+                    found.append(lesion_measures(waiting.pop(0), slices))
+                elif 0 < k < LESION_CLASS:
+                    mask = labels == by_name[NAMES[k - 1]].label
+                    if bool(mask.any()):
+                        m = measure(mask, seen.volume, slice_axis=seen.slice_axis)
+                        found.append({"<ml>": f"{m.volume_ml:.1f}", "<mm>": f"{m.diameter_mm:.0f}",
+                                      "<slice>": str(m.slice_index + 1),
+                                      "cite": f"(largest on slice {m.slice_index + 1} of {slices})"})
+                    else:
+                        empty.append(NAMES[k - 1])
+                else:
+                    found.append({})
+            if len(found) == len(parts):
+                kept.append(sentence)
+                measures += found
+            else:
+                kept.append(f"The {empty[-1]} could not be outlined in this study.")
+        return measures, " ".join(kept), empty
+
+    def _finding(self, lesion: Any, seen: Examination) -> Finding:
+        label = LESION_LABEL["right" if lesion.side == "right" else "left"]
+        source = seen.volume.source
+        index = lesion.measured.slice_index
+        cited = source[index] if seen.slice_axis == 2 and index < len(source) else None
+        return Finding(lesion, label, cited)
+
+    def describe(self, study: Study, seen: Examination) -> dict[str, Any]:
+        """The contract's `study` object."""
+        return {
+            "sequence": seen.sequence,
+            "sequence_source": seen.sequence_source,
+            "plane": seen.plane,
+            "shape": list(seen.volume.shape),
+            "spacing_mm": [round(v, 3) for v in seen.volume.spacing_mm],
+            "series": len(study.volumes),
+            "oriented": seen.volume.oriented,
+        }
+
+
+def show_unfilled(text: str) -> str:
+    """Text as it streams: slots are dots until they are measured, task tokens are not shown."""
+    import re
+
+    text = re.sub(r"<(segment|report|detect|reconstruct|\|im_end\||\|endoftext\|)>", "", text)
+    return re.sub(r" +([.,;])", r"\1", re.sub(r"<[a-z]+>", "…", text)).strip()
+
+
+def _segment_text(structures: Sequence[StructureVolume]) -> str:
+    found = sum(s.voxels > 0 for s in structures)
+    return f"{found} structures are outlined." if structures else ""

@@ -1,0 +1,258 @@
+"""The `omnimri` command. Exit 0 with an answer or an abstention, 2 for input that cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .answer import Answer
+    from .assistant import Assistant
+
+NOTICE = "Research use only. Not a medical device."
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
+            "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command."""
+    for key, value in _OFFLINE.items():
+        os.environ.setdefault(key, value)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except ValueError as error:
+        print(f"omnimri: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; other distributions add commands through the entry-point group `omnimri.commands`."""
+    from importlib.metadata import entry_points
+
+    parser = argparse.ArgumentParser(
+        prog="omnimri", description=f"Ask a vision-language model about an MRI study. {NOTICE}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], Any], told: str, *, model: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=told, description=f"{told} {NOTICE}")
+        sub.set_defaults(run=run)
+        if model:
+            sub.add_argument("--checkpoint", metavar="DIR", help="a model or run directory (default: the embedded one)")
+            sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+        return sub
+
+    study = "NIfTI file, DICOM folder or zip, or k-space .h5"
+    info = command("info", run_info, "Tell what a study holds and what would be used.", model=False)
+    info.add_argument("study", metavar="STUDY", help=study)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    ask = command("ask", run_ask, "Answer a question about a study.")
+    ask.add_argument("study", metavar="STUDY", help=study)
+    ask.add_argument("question")
+    ask.add_argument("--task", choices=("segment", "detect", "report", "reconstruct"), help="choose the task yourself")
+    ask.add_argument("--out", metavar="DIR", help="write answer.json, answer.md and the masks here")
+    ask.add_argument("--json", action="store_true", help="print one JSON object")
+    segment = command("segment", run_segment, "Write a label map with the scan's shape and affine.")
+    segment.add_argument("study", metavar="STUDY", help=study)
+    segment.add_argument("--out", required=True, metavar="seg.nii.gz")
+    segment.add_argument("--structures", default="all", help="'all' or names, such as 'left hippocampus,lesion'")
+    segment.add_argument("--json", action="store_true", help="print one JSON object")
+    report = command("report", run_report, "Write a report with its findings and masks.")
+    report.add_argument("study", metavar="STUDY", help=study)
+    report.add_argument("--out", required=True, metavar="DIR")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+    reconstruct = command("reconstruct", run_reconstruct, "Reconstruct k-space to a magnitude image.")
+    reconstruct.add_argument("study", metavar="KSPACE", help="HDF5 with `kspace`")
+    reconstruct.add_argument("--out", required=True, metavar="recon.nii.gz")
+    for entry in entry_points(group="omnimri.commands"):
+        sub = commands.add_parser(entry.name, help="Start the chat page on this machine.", add_help=False)
+        sub.add_argument("rest", nargs=argparse.REMAINDER)
+        sub.set_defaults(run=lambda args, entry=entry: entry.load()(args.rest))
+    return parser
+
+
+def _assistant(args: Any) -> Assistant:
+    """The assistant of a command, with torch on the asked device.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    import torch
+
+    from .assistant import Assistant
+
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"expected a device of this machine, got {args.device!r}; use --device cpu")
+    return Assistant(args.checkpoint, device=args.device)
+
+
+def _open(path: str) -> Any:
+    from .io import open_study
+
+    study = open_study(path)
+    for warning in study.warnings:
+        print(f"omnimri: warning: {warning}", file=sys.stderr)
+    return study
+
+
+def run_info(args: Any) -> None:
+    """omnimri info."""
+    from .grid import plane_of
+
+    study = _open(args.study)
+    rows = [
+        {
+            "series": v.name,
+            "sequence": v.sequence,
+            "plane": plane_of(v)[1],
+            "shape": list(v.shape),
+            "spacing_mm": [round(s, 3) for s in v.spacing_mm],
+            "parameters": dict(v.parameters),
+            "used": v is study.primary,
+        }
+        for v in study.volumes
+    ]
+    told: dict[str, Any] = {"series": rows, "warnings": list(study.warnings), "notice": NOTICE}
+    if study.kspace is not None:
+        told["kspace"] = {"shape": list(study.kspace.data.shape), "sampled": round(float(study.kspace.mask.float().mean()), 4)}
+    if args.json:
+        print(json.dumps(told))
+        return
+    for row in rows:
+        size = " x ".join(map(str, row["shape"]))
+        mm = " x ".join(f"{s:g}" for s in row["spacing_mm"])
+        why = "used: most voxels" if row["used"] else "not used"
+        print(f"{row['series']}: {row['sequence']}, {row['plane']}, {size} voxels of {mm} mm ({why})")
+        print("  " + ", ".join(f"{k} {v:g}" for k, v in row["parameters"].items()) if row["parameters"] else "  no sequence parameters in the header")
+    if "kspace" in told:
+        print(f"k-space: (slices, coils, height, width) {tuple(told['kspace']['shape'])}, {100 * told['kspace']['sampled']:.1f} % sampled")
+    print(NOTICE)
+
+
+def run_ask(args: Any) -> None:
+    """omnimri ask."""
+    study = _open(args.study)
+    answer = _assistant(args).answer(study, args.question, task=args.task)
+    if args.out:
+        write_answer(answer, Path(args.out))
+    _print(answer, args.json)
+
+
+def run_segment(args: Any) -> None:
+    """omnimri segment."""
+    from .anatomy import resolve_names
+
+    resolve_names(args.structures)
+    _check_output(args.out)
+    study = _open(args.study)
+    answer = _assistant(args).segment(study, args.structures)
+    write_labels(answer, Path(args.out))
+    _print(answer, args.json)
+
+
+def run_report(args: Any) -> None:
+    """omnimri report."""
+    study = _open(args.study)
+    answer = _assistant(args).answer(study, "Write a report.", task="report")
+    write_answer(answer, Path(args.out))
+    _print(answer, args.json)
+
+
+def run_reconstruct(args: Any) -> None:
+    """omnimri reconstruct."""
+    from .io.nifti import write_nifti
+
+    _check_output(args.out)
+    study = _open(args.study)
+    if study.kspace is None:
+        raise ValueError("expected raw k-space (.h5), got an image; there is nothing to reconstruct")
+    image = _assistant(args).reconstruct(study.kspace)
+    write_nifti(args.out, image.voxels[0], image.affine)
+    print(f"reconstructed {' x '.join(map(str, image.shape))} voxels. {NOTICE}")
+
+
+def _check_output(name: str) -> None:
+    if not name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"expected an output name ending in .nii or .nii.gz, got {Path(name).name!r}")
+
+
+def _print(answer: Answer, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer.to_json()))
+        return
+    print(answer.text)
+    for s in answer.structures:
+        if s.voxels:
+            print(f"  {s.label:3d}  {s.name}  {s.volume_ml:.1f} ml")
+    for warning in answer.warnings:
+        print(f"omnimri: warning: {warning}", file=sys.stderr)
+    print(answer.notice)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as f:
+            f.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"expected a folder that can be written for the output, got {error.strerror}") from None
+
+
+def write_labels(answer: Answer, path: Path) -> None:
+    """Write the label map, and the table of its structures beside it."""
+    from .io.nifti import write_nifti
+
+    assert answer.labels is not None
+    assert answer.affine is not None
+    write_nifti(path, answer.labels, answer.affine)
+    rows = ["label\tname\tvoxels\tml", *(f"{s.label}\t{s.name}\t{s.voxels}\t{s.volume_ml:.3f}" for s in answer.structures)]
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    write_text(path.with_name(f"{stem}.tsv"), "\n".join(rows) + "\n")
+
+
+def write_answer(answer: Answer, folder: Path) -> None:
+    """Write answer.json, answer.md, and the masks or the reconstructed image."""
+    from .io.nifti import write_nifti
+
+    write_text(folder / "answer.json", json.dumps(answer.to_json(), indent=1))
+    write_text(folder / "answer.md", markdown(answer))
+    if answer.labels is not None and bool(answer.labels.any()):
+        write_labels(answer, folder / "labels.nii.gz")
+    if answer.image is not None and answer.affine is not None:
+        write_nifti(folder / "reconstruction.nii.gz", answer.image, answer.affine)
+
+
+def markdown(answer: Answer) -> str:
+    """The answer for people, with its findings in a table."""
+    lines = ["# OmniMRI answer", "", f"**{answer.notice}**", "", answer.text, ""]
+    if answer.findings:
+        lines += ["| finding | side | location | ml | mm | slice | confidence |", "|---|---|---|---|---|---|---|"]
+        for f in (f.to_json() for f in answer.findings):
+            lines.append(f"| {f['name']} | {f['side']} | {f['location']} | {f['volume_ml']} | {f['diameter_mm']} | "
+                         f"{f['slice_index'] + 1} | {f['confidence']} |")
+        lines.append("")
+    lines += [f"- {w}" for w in answer.warnings]
+    lines += ["", f"Model {answer.model['name']}, SHA-256 of the weights {answer.model['checkpoint_sha256'][:16]}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

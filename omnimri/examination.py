@@ -1,0 +1,274 @@
+"""Examination: one look at one volume: lattice, sequence, masks, lesions, evidence, scope. Words come after it.
+
+Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's own voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCE_WORDS, SEQUENCES
+from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render
+from .example import LESION_CLASS, Example, Record, prepare
+from .grid import Grid, plane_of
+from .grounding import pool_evidence
+from .measure import Measured, location, measure, rank_components, right_of_midline, side_of
+from .model.omnimri import OmniMRI
+from .model.pixel_decoder import Pixels
+from .tasks import Detect, Segment
+from .volume import Volume
+
+CHUNK = 8
+"""Slices decoded at a time."""
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One connected lesion mask with its measures."""
+
+    rank: int
+    """From 1, by falling volume."""
+    side: str
+    place: str
+    """Structure it mostly lies in."""
+    measured: Measured
+    confidence: float
+    """Mean probability inside the mask."""
+    detected: float
+    """Best score of a detection whose centre lies in the lesion's box; 0 without one."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was seen in one volume, before any words."""
+
+    volume: Volume
+    grid: Grid
+    record: Record
+    """On the lattice, with the sequence and the lesion places that the masks gave."""
+    sequence: str
+    sequence_source: str
+    plane: str
+    visual: Tensor
+    """(1, tokens, E)"""
+    evidence: Tensor
+    """(1, N, E)"""
+    fine: Tensor
+    """(S, 4 C, H/2, W/2) half precision pixel features."""
+    queries: Tensor
+    """(1, K, C + 1) standing queries."""
+    reconstruct_state: Tensor
+    """(1, E) hidden state at `<reconstruct>`."""
+    labels: Tensor
+    """(X, Y, Z) int32 FreeSurfer labels of structures, no lesions."""
+    lesion_ranks: Tensor
+    """(X, Y, Z) uint8, 0 or the lesion's rank."""
+    lesions: tuple[Lesion, ...]
+    scope_score: float
+    """Distance from the training distribution relative to its limit; above 1 is out of scope."""
+
+    @property
+    def in_scope(self) -> bool:
+        """Whether the model may speak about this image."""
+        return self.scope_score <= 1.0
+
+    @property
+    def slice_axis(self) -> int:
+        """Voxel axis that counts slices."""
+        return self.grid.axes[0]
+
+    def lesion_label_map(self) -> Tensor:
+        """(X, Y, Z) int32: 25 and 57 for lesion voxels left and right of the midline."""
+        answer = torch.zeros_like(self.labels)
+        where = torch.nonzero(self.lesion_ranks)
+        if len(where):
+            right = right_of_midline(where, self.labels, self.volume.affine)
+            values = torch.where(right, LESION_LABEL["right"], LESION_LABEL["left"]).to(torch.int32)
+            answer[tuple(where.T)] = values
+        return answer
+
+
+@torch.inference_mode()
+def examine(
+    model: OmniMRI,
+    tokenizer: PreTrainedTokenizerBase,
+    volume: Volume,
+    *,
+    lesion_threshold: float,
+    least_lesion_ml: float,
+) -> Examination:
+    """Look at a volume: first the slices for language, then every slice for masks, then what they show.
+
+    Raises:
+        ValueError: the volume has no contrast.
+    """
+    grid = Grid.fit(volume, size=model.config.image_size)
+    record = Record(
+        images=grid.to_grid(volume.voxels[0]),
+        positions_mm=grid.positions_mm,
+        plane=grid.plane,
+        spacing_mm=grid.spacing_mm,
+    )
+    sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
+    example = prepare(record, (), tokenizer, **sizes)
+    plane = torch.tensor([PLANES.index(grid.plane)])
+    chosen = example.chosen
+    shown = model.encode(example.images[None, chosen], example.positions_mm[None, chosen], plane)
+    visual = model.look(shown, torch.arange(len(chosen))[None])
+    score = scope_score(model, shown)
+    source = "header"
+    sequence = volume.sequence
+    if sequence == "unknown":
+        source, sequence = "image", _infer_sequence(model, tokenizer, grid.plane, visual, len(chosen))
+    states = _query_states(model, tokenizer, grid.plane, sequence, visual, len(chosen))
+    queries = model.heads["segment"].queries(states["<segment>"][None])
+    fine, heat = _decode(model, example, plane, states["<detect>"])
+    structures = torch.cat([structure_logits(model, queries, part) for part in fine.split(CHUNK)], 1)
+    segment = Segment()
+    labels = segment.read(structures[:-1], grid)
+    probability = segment.read_lesion(structures[-1].float(), grid)
+    brain = labels > 0
+    least = max(1, round(least_lesion_ml / volume.voxel_ml))
+    ranks, sizes_voxels = rank_components((probability > lesion_threshold) & brain, least=least)
+    ranks = torch.where(ranks == 255, 0, ranks).to(torch.uint8)
+    if score > 1.0:
+        ranks, sizes_voxels = torch.zeros_like(ranks), []
+        labels = torch.zeros_like(labels)
+    boxes = Detect().read(heat, grid)
+    lesions = tuple(
+        _lesion(rank, ranks, labels, probability, volume, grid, boxes) for rank in range(1, len(sizes_voxels) + 1)
+    )
+    record = replace(record, sequence=sequence, lesion_places=tuple(lesion.place for lesion in lesions))
+    evidence = _evidence(model, grid, example, fine, labels, ranks, len(lesions))
+    return Examination(
+        volume=volume,
+        grid=grid,
+        record=record,
+        sequence=sequence,
+        sequence_source=source,
+        plane=plane_of(volume)[1],
+        visual=visual,
+        evidence=evidence,
+        fine=fine,
+        queries=queries,
+        reconstruct_state=states["<reconstruct>"],
+        labels=labels,
+        lesion_ranks=ranks,
+        lesions=lesions,
+        scope_score=score,
+    )
+
+
+def scope_score(model: OmniMRI, patches_NPD: Tensor) -> float:
+    """Mahalanobis distance of the study's mean patch feature from the training data's, over its limit.
+
+    An uncalibrated model (limit 0) gives 0: it cannot tell.
+    """
+    if float(model.scope_limit) == 0:
+        return 0.0
+    off = patches_NPD.mean((0, 1)) - model.scope_mean
+    return float(torch.linalg.vector_norm(model.scope_whiten @ off) / model.scope_limit)
+
+
+def structure_logits(model: OmniMRI, queries: Tensor, fine_NCHW: Tensor) -> Tensor:
+    """Queries (1, K, C + 1) with pixel features (n, 4 C, H/2, W/2) -> (K + 1, n, H, W) half precision: background,
+    structures, and lesion last."""
+    pixels = Pixels(fine=fine_NCHW.float(), coarse=fine_NCHW).full()
+    structures, lesion = model.heads["segment"].logits(queries, pixels)
+    return torch.cat([structures, lesion[:, None]], 1).transpose(0, 1).half()
+
+
+def answer_labels(model: OmniMRI, seen: Examination, queries: Tensor) -> Tensor:
+    """Labels in scan space with some standing queries replaced by an answer's own."""
+    parts = [structure_logits(model, queries, part)[:-1] for part in seen.fine.split(CHUNK)]
+    return Segment().read(torch.cat(parts, 1), seen.grid)
+
+
+def _infer_sequence(
+    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, visual: Tensor, num_slices: int
+) -> str:
+    """The sequence whose words the language model finds likeliest after the image."""
+    tokens = num_slices * model.config.tokens_per_slice
+    scores = {}
+    for sequence in SEQUENCES:
+        rendered = render(query_messages(sequence), tokenizer, study=card(plane), num_image_tokens=tokens)
+        words = len(tokenizer(f"{SEQUENCE_WORDS[sequence]}.", add_special_tokens=False)["input_ids"])
+        start = next(i for i, label in enumerate(rendered.labels) if label != IGNORE)
+        ids = torch.tensor([rendered.ids[: start + words]])
+        logits = model(input_ids=ids, visual=visual).logits[0, start - 1 : -1].log_softmax(-1)
+        scores[sequence] = float(logits.gather(1, ids[0, start:, None]).sum())
+    return max(scores, key=lambda s: scores[s])
+
+
+def _query_states(
+    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, sequence: str, visual: Tensor, num_slices: int
+) -> dict[str, Tensor]:
+    """Hidden states of the standing query exchange at each task token, in order."""
+    rendered = render(
+        query_messages(sequence),
+        tokenizer,
+        study=card(plane),
+        num_image_tokens=num_slices * model.config.tokens_per_slice,
+    )
+    ids = torch.tensor([rendered.ids])
+    hidden = model(input_ids=ids, visual=visual, logits_to_keep=1).hidden_states[0]
+    return {t: model.hidden_at(ids, hidden, t)[1] for t in ("<segment>", "<detect>", "<reconstruct>")}
+
+
+def _decode(model: OmniMRI, example: Example, plane: Tensor, detect_state: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel features of every slice, (S, 4 C, H/2, W/2) half precision, and detection maps (S, 7, h, w)."""
+    positions = example.positions_mm
+    reach = 2.5 * model.heads["pixels"].depth.reach_mm
+    fine, heat = [], []
+    for part in _chunks(len(positions)):
+        near = torch.nonzero((positions >= positions[part[0]] - reach) & (positions <= positions[part[-1]] + reach))
+        near = near.flatten()
+        images = example.images[None, near]
+        patches = model.encode(images, positions[None, near], plane)
+        pixels = model.pixels(images, patches, positions[None, near])
+        inside = (near >= part[0]) & (near <= part[-1])
+        fine.append(pixels.fine[inside].half())
+        heat.append(model.heads["detect"](detect_state, pixels.coarse)[0, inside])
+    return torch.cat(fine), torch.cat(heat)
+
+
+def _chunks(total: int, size: int = 4 * CHUNK) -> Iterator[range]:
+    for first in range(0, total, size):
+        yield range(first, min(total, first + size))
+
+
+def _lesion(rank: int, ranks: Tensor, labels: Tensor, probability: Tensor, volume: Volume, grid: Grid, boxes: list) -> Lesion:
+    """Measure one lesion."""
+    mask = ranks == rank
+    measured = measure(mask, volume, slice_axis=grid.axes[0])
+    low, high = (torch.tensor(c) for c in measured.box_mm)
+    detected = 0.0
+    for box in boxes:
+        centre = grid.world_mm(torch.tensor([box.centre]), volume.affine)[0]
+        if bool((centre >= low).all() and (centre <= high).all()):
+            detected = max(detected, box.score)
+    side = side_of(right_of_midline(torch.nonzero(mask), labels, volume.affine)) if volume.oriented else "unknown"
+    return Lesion(rank, side, location(mask, labels), measured, float(probability[mask].mean()), detected)
+
+
+def _evidence(
+    model: OmniMRI, grid: Grid, example: Example, fine: Tensor, labels: Tensor, ranks: Tensor, num_lesions: int
+) -> Tensor:
+    """Evidence tokens (1, N, E) of every structure and of the largest lesions."""
+    pixels = Pixels(fine=fine, coarse=fine).phase(0).float()
+    cut = (slice(None), slice(None, None, 2), slice(None, None, 2))
+    table = torch.zeros(256, dtype=torch.uint8)
+    for label, k in CLASS_OF_LABEL.items():
+        table[label] = k
+    classes = table[grid.nearest(labels).long()][cut]
+    pooled = pool_evidence(pixels, classes[None], grid.nearest(ranks)[cut][None], example.positions_mm[None])
+    rows = [*range(1, len(NAMES) + 1)]
+    rows += [LESION_CLASS + k for k in range(min(num_lesions, MAX_LESION_EVIDENCE))]
+    index = torch.tensor([rows])
+    return model.evidence(pooled[:, index[0]], index.clamp(max=LESION_CLASS))
+

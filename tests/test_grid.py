@@ -1,0 +1,121 @@
+"""Geometry: what is drawn in the world comes back to the world."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from omnimri.anatomy import STRUCTURES
+from omnimri.grid import Grid, closest_axes, plane_of
+from omnimri.tasks import Segment
+from omnimri.volume import Volume
+
+
+def ball(affine: torch.Tensor, shape: tuple[int, int, int], centre_mm: torch.Tensor, radius_mm: float) -> torch.Tensor:
+    index = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij"), -1)
+    world = index @ affine[:3, :3].T + affine[:3, 3]
+    return torch.linalg.vector_norm(world - centre_mm, dim=-1) < radius_mm
+
+
+def head(affine: torch.Tensor, shape: tuple[int, int, int]) -> Volume:
+    middle = affine[:3, :3] @ ((torch.tensor(shape, dtype=torch.float64) - 1) / 2) + affine[:3, 3]
+    field = min(n * float(s) for n, s in zip(shape, torch.linalg.vector_norm(affine[:3, :3], dim=0), strict=True))
+    voxels = ball(affine, shape, middle, field * 0.4).float() * 500 + torch.rand(shape) * 5
+    voxels += ball(affine, shape, middle + torch.tensor([field * 0.15, 0.0, 0.0]).double(), field * 0.1).float() * 400
+    return Volume(voxels[None], affine)
+
+
+def random_affine(rng: np.random.Generator, orientation: int) -> torch.Tensor:
+    perms = list(itertools.permutations(range(3)))
+    signs = list(itertools.product((1, -1), repeat=3))
+    perm, sign = perms[orientation % 6], signs[orientation // 6]
+    base = np.zeros((3, 3))
+    for k, (p, s) in enumerate(zip(perm, sign, strict=True)):
+        base[p, k] = s
+    tilt, _ = np.linalg.qr(np.eye(3) + 0.12 * rng.normal(size=(3, 3)))
+    tilt = tilt * np.sign(np.diag(tilt))
+    shear = np.eye(3)
+    shear[0, 1] = rng.uniform(-0.05, 0.05)
+    affine = np.eye(4)
+    affine[:3, :3] = tilt @ shear @ base * rng.uniform(0.9, 3.0, size=3)
+    affine[:3, 3] = rng.uniform(-100, 100, 3)
+    return torch.from_numpy(affine)
+
+
+@pytest.mark.parametrize("orientation", range(48))
+def test_mask_painted_in_the_world_returns(orientation):
+    """A ball painted in the world at lattice points, written back to the scan, lies where it was painted."""
+    rng = np.random.default_rng(orientation)
+    affine = random_affine(rng, orientation)
+    volume = head(affine, (44, 40, 36))
+    grid = Grid.fit(volume, size=64)
+    s, h, w = grid.size
+    index = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (s, h, w)), indexing="ij"), -1)
+    world = grid.world_mm(index.reshape(-1, 3), affine).reshape(s, h, w, 3)
+    middle = affine[:3, :3] @ torch.tensor([22.0, 20, 18]).double() + affine[:3, 3]
+    radius = 9 * float(max(volume.spacing_mm))
+    distance = torch.linalg.vector_norm(world - middle, dim=-1) - radius
+    logits = torch.stack([distance, -distance]).float()
+    said = Segment().read(torch.cat([logits, torch.full((31, s, h, w), -1e4)]), grid) == STRUCTURES[0].label
+    off = torch.linalg.vector_norm(
+        torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in volume.shape), indexing="ij"), -1)
+        @ affine[:3, :3].T + affine[:3, 3] - middle, dim=-1) - radius
+    inside = torch.ones(volume.shape, dtype=torch.bool)
+    for a, covered in enumerate(grid.covered()):
+        shape = [1, 1, 1]
+        shape[grid.axes[a]] = -1
+        inside &= covered.view(shape)
+    half = 0.5 * max(volume.spacing_mm)
+    wrong = (said != (off < 0)) & (off.abs() > half) & inside
+    assert int(wrong.sum()) == 0
+    assert int(said.sum()) > 500
+
+
+def test_permuting_and_flipping_the_array_changes_nothing(scan):
+    grid = Grid.fit(scan, size=64)
+    images = grid.to_grid(scan.voxels[0])
+    turned = scan.voxels.permute(0, 3, 1, 2).flip(1)
+    affine = scan.affine[:, [2, 0, 1, 3]].clone()
+    n = turned.shape[1]
+    affine[:3, 3] += affine[:3, 0] * (n - 1)
+    affine[:3, 0] *= -1
+    other = Volume(turned.contiguous(), affine)
+    again = Grid.fit(other, size=64)
+    assert again.plane == grid.plane
+    assert torch.allclose(again.to_grid(other.voxels[0]), images, atol=0.05)
+
+
+def test_left_is_on_the_right_of_an_axial_lattice():
+    """Radiological: a bright ball on the patient's left shows in the right half of the lattice."""
+    affine = torch.diag(torch.tensor([-2.0, 2.0, 2.0, 1.0]).double())
+    volume = head(affine, (60, 60, 60))
+    middle = affine[:3, :3] @ torch.tensor([29.5, 29.5, 29.5]).double()
+    voxels = volume.voxels + 2000 * ball(affine, (60, 60, 60), middle + torch.tensor([-25.0, 0, 0]).double(), 10)[None]
+    grid = Grid.fit(Volume(voxels, affine), size=64, plane="axial")
+    bright = grid.to_grid(voxels[0])[:, 1]
+    column = float(torch.nonzero(bright > bright.max() * 0.7).float().mean(0)[2])
+    assert column > 34
+
+
+def test_planes_by_spacing():
+    thick = {0: "sagittal", 1: "coronal", 2: "axial"}
+    for axis, plane in thick.items():
+        spacing = [1.0, 1.0, 1.0]
+        spacing[axis] = 5.0
+        volume = Volume(torch.rand(1, 20, 20, 20), torch.diag(torch.tensor([*spacing, 1.0]).double()))
+        assert plane_of(volume) == (plane, plane)
+    assert closest_axes(torch.eye(4).double()) == [0, 1, 2]
+
+
+def test_single_slice_and_constant():
+    affine = torch.diag(torch.tensor([1.0, 1.0, 5.0, 1.0]).double())
+    one = head(affine, (50, 50, 7))
+    single = Volume(one.voxels[..., 3:4].contiguous(), affine)
+    grid = Grid.fit(single, size=64)
+    assert grid.size[0] == 1
+    assert grid.to_grid(single.voxels[0]).shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="contrast"):
+        Grid.fit(Volume(torch.ones(1, 9, 9, 9), affine), size=64)
