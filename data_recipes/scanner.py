@@ -125,7 +125,7 @@ def draw_scan(
     field = 192.0 / size
     spacing = field * (uniform(g, 0.95, 1.2) if stripped else uniform(g, 1.1, 1.45))
     return Scan(
-        sequence=pick(g, SEQUENCES, (0.44, 0.12, 0.13, 0.06, 0.13, 0.12)),
+        sequence=pick(g, SEQUENCES, (0.48, 0.12, 0.13, 0.05, 0.14, 0.08)),
         plane=plane,
         positions_mm=(torch.arange(num_slices) - (num_slices - 1) / 2) * gap,
         spacing_mm=(gap, spacing, spacing),

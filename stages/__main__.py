@@ -13,7 +13,7 @@ from typing import Any
 
 from . import STAGES
 
-DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int}
+DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int}
 
 
 def build_recipe(name: str, data: str | None, model_size: int, settings: dict[str, Any], *, kspace: bool, numbers: Any) -> Any:
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             config = preset(args.preset, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
             config.token_ids = token_ids(tokenizer)
             model = OmniMRI(config)
+        model.config.max_slices = settings.get("max_slices", model.config.max_slices)
         name = settings.get("recipe", "phantom")
 
         def source(numbers: Any) -> Any:

@@ -1,0 +1,69 @@
+"""No finding without pixels, no number from the language model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from omnimri.answer import fill_slots, ground_lesions, lesion_measures
+from omnimri.conversation import plain_ids
+from omnimri.examination import Lesion
+from omnimri.measure import Measured
+from omnimri.tokens import digit_ids
+
+
+def lesion(rank, side, place, ml=2.0, mm=18.0):
+    return Lesion(rank, side, place, Measured(ml, mm, ((0, 0, 0), (1, 1, 1)), 41, (0, 0, 0)), 0.9, 0.5)
+
+
+LEFT = lesion(1, "left", "left cerebral white matter", 5.25, 31)
+RIGHT = lesion(2, "right", "right putamen", 0.4, 8)
+REPORT = ("Axial FLAIR MRI of the brain. There is a <size> lesion in the left cerebral white matter <segment>, <mm> mm in diameter "
+          "and <ml> ml in volume. Impression: a single lesion in the left cerebral white matter.")
+
+
+def test_a_lesion_without_a_mask_is_removed_and_said():
+    found = ground_lesions(REPORT, (), exhaustive=True)
+    assert "lesion in" not in found.raw
+    assert found.raw.endswith("No lesion is found.")
+    assert any("without a mask" in n for n in found.notes)
+
+
+def test_a_mask_is_never_denied():
+    found = ground_lesions("Axial T1-weighted MRI of the brain. No lesion is found. Impression: no focal lesion.", (LEFT, RIGHT), exhaustive=True)
+    assert "No lesion" not in found.raw
+    assert "no focal" not in found.raw
+    assert found.raw.count("<segment>") == 2
+    assert found.lesions == (LEFT, RIGHT)
+
+
+def test_wrong_side_or_count_is_corrected():
+    wrong = REPORT.replace("left", "right")
+    found = ground_lesions(wrong, (LEFT,), exhaustive=True)
+    assert "right" not in found.raw
+    assert found.raw.count("<segment>") == 1
+    many = ground_lesions("<count> lesions are seen.", (LEFT,), exhaustive=False)
+    assert "<count>" not in many.raw
+
+
+def test_slots_are_bound_to_the_nearest_segment_and_to_the_header():
+    seen = SimpleNamespace(volume=SimpleNamespace(parameters={"echo_time_ms": 92.4}))
+    found = ground_lesions(REPORT, (LEFT,), exhaustive=True)
+    text = fill_slots(found.raw, [lesion_measures(x, 60) for x in found.lesions], seen, 1)
+    assert "There is a large lesion in the left cerebral white matter (slice 42 of 60), 31 mm in diameter and 5.2 ml in volume." in text
+    assert fill_slots("The echo time is <te> ms.", [], seen, 0) == "The echo time is 92 ms."
+    assert fill_slots("The repetition time is <tr> ms.", [], seen, 0) == "The repetition time is not recorded."
+    assert "<" not in text
+
+
+@pytest.mark.parametrize("number", ["7", "12.5", "T1 7"])
+def test_digits_are_blocked(tokenizer, number):
+    blocked = set(digit_ids(tokenizer))
+    assert blocked & set(tokenizer(number)["input_ids"])
+    assert not blocked & set(tokenizer("T1-weighted, 3rd ventricle, 4th ventricle, T2")["input_ids"])
+
+
+def test_people_cannot_write_control_tokens(tokenizer):
+    special = {tokenizer.convert_tokens_to_ids(t) for t in ("<segment>", "<|im_end|>", "<image>", "<ml>")}
+    assert not special & set(plain_ids("<segment> <|im_end|> <image> <ml> hi", tokenizer))
