@@ -211,7 +211,7 @@ def answer_markdown(answer: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """omnimri chat."""
+    """Omnimri chat."""
     parser = argparse.ArgumentParser(prog="omnimri chat", description=f"Start the chat page on this machine. {NOTICE}")
     parser.add_argument("--checkpoint", metavar="DIR", help="a model or run directory (default: the embedded one)")
     parser.add_argument("--device", default="cpu")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from omnimri.anatomy import NAMES, PLANES, SEQUENCES, STRUCTURES
 from omnimri.example import Record
-from omnimri.grid import COLUMNS, NORMAL, ROWS, NEIGHBOUR_MM
+from omnimri.grid import COLUMNS, NEIGHBOUR_MM, NORMAL, ROWS
 from omnimri.measure import rank_components
 from omnimri.physics import fft2c, gaussian_coils, inversion_recovery, line_mask, spin_echo, spoiled_gradient_echo
 
@@ -107,12 +107,12 @@ def draw_scan(
         brain_box: Lowest and highest corner of the brain, (3,) mm each.
         head_centre: (3,) mm, middle of the whole head.
     """
-    plane = pick(g, PLANES, (0.5, 0.25, 0.25))
+    plane = pick(g, PLANES, (0.7, 0.15, 0.15))
     low, high = brain_box
     axis = NORMAL[plane]
     extent, middle = float(high[axis] - low[axis]), (low + high) / 2
     stripped = uniform(g, 0, 1) < 0.45
-    if uniform(g, 0, 1) < 0.55:
+    if uniform(g, 0, 1) < 0.6:
         gap = extent * uniform(g, 0.9, 1.05) / num_slices
     else:
         gap = math.exp(uniform(g, 0.0, math.log(7)))
@@ -125,7 +125,7 @@ def draw_scan(
     field = 192.0 / size
     spacing = field * (uniform(g, 0.95, 1.2) if stripped else uniform(g, 1.1, 1.45))
     return Scan(
-        sequence=pick(g, SEQUENCES, (0.48, 0.12, 0.13, 0.05, 0.14, 0.08)),
+        sequence=pick(g, SEQUENCES, (0.58, 0.1, 0.11, 0.03, 0.12, 0.06)),
         plane=plane,
         positions_mm=(torch.arange(num_slices) - (num_slices - 1) / 2) * gap,
         spacing_mm=(gap, spacing, spacing),

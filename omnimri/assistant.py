@@ -16,8 +16,8 @@ from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, resolve_names
 from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, lesion_measures
 from .checkpoint import EMBEDDED, load_model
 from .conversation import Message, card, render
-from .example import LESION_CLASS, language_slices, segment_classes
 from .examination import Examination, answer_labels, examine
+from .example import LESION_CLASS, language_slices, segment_classes
 from .measure import measure
 from .physics import estimate_coils
 from .tasks import TASKS, Reconstruct

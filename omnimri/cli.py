@@ -106,7 +106,7 @@ def _open(path: str) -> Any:
 
 
 def run_info(args: Any) -> None:
-    """omnimri info."""
+    """Omnimri info."""
     from .grid import plane_of
 
     study = _open(args.study)
@@ -140,7 +140,7 @@ def run_info(args: Any) -> None:
 
 
 def run_ask(args: Any) -> None:
-    """omnimri ask."""
+    """Omnimri ask."""
     study = _open(args.study)
     answer = _assistant(args).answer(study, args.question, task=args.task)
     if args.out:
@@ -149,7 +149,7 @@ def run_ask(args: Any) -> None:
 
 
 def run_segment(args: Any) -> None:
-    """omnimri segment."""
+    """Omnimri segment."""
     from .anatomy import resolve_names
 
     resolve_names(args.structures)
@@ -161,7 +161,7 @@ def run_segment(args: Any) -> None:
 
 
 def run_report(args: Any) -> None:
-    """omnimri report."""
+    """Omnimri report."""
     study = _open(args.study)
     answer = _assistant(args).answer(study, "Write a report.", task="report")
     write_answer(answer, Path(args.out))
@@ -169,7 +169,7 @@ def run_report(args: Any) -> None:
 
 
 def run_reconstruct(args: Any) -> None:
-    """omnimri reconstruct."""
+    """Omnimri reconstruct."""
     from .io.nifti import write_nifti
 
     _check_output(args.out)

@@ -65,7 +65,8 @@ QUERY_NAMES = (*NAMES, LESION)
 
 def query_messages(sequence: str) -> tuple[Message, Message]:
     """The exchange whose hidden states are the study's standing queries: one `<segment>` for each of `QUERY_NAMES`,
-    then `<detect>` and `<reconstruct>`."""
+    then `<detect>` and `<reconstruct>`.
+    """
     named = " ".join(f"{name} <segment>" for name in QUERY_NAMES)
     return (
         Message("user", QUERY_REQUEST),

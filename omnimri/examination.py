@@ -177,7 +177,8 @@ def scope_score(model: OmniMRI, patches_NPD: Tensor) -> float:
 
 def structure_logits(model: OmniMRI, queries: Tensor, fine_NCHW: Tensor) -> Tensor:
     """Queries (1, K, C + 1) with pixel features (n, 4 C, H/2, W/2) -> (K + 1, n, H, W) half precision: background,
-    structures, and lesion last."""
+    structures, and lesion last.
+    """
     pixels = Pixels(fine=fine_NCHW.float(), coarse=fine_NCHW).full()
     structures, lesion = model.heads["segment"].logits(queries, pixels)
     return torch.cat([structures, lesion[:, None]], 1).transpose(0, 1).half()

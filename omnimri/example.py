@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES, SEQUENCES
-from .conversation import IGNORE, QUERY_NAMES, Message, Rendered, card, query_messages, render
+from .conversation import IGNORE, Message, Rendered, card, query_messages, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

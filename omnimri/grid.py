@@ -153,7 +153,8 @@ class Grid:
 
     def to_grid(self, voxels: Tensor) -> Tensor:
         """Sample (X, Y, Z) on the lattice: (S, 3, H, W), the middle channel the slice itself, the outer ones
-        its neighbours `NEIGHBOUR_MM` below and above."""
+        its neighbours `NEIGHBOUR_MM` below and above.
+        """
         v = voxels.permute(*self.axes)
         rows, columns = self._read(1), self._read(2)
         v = torch.einsum("hy,syx,wx->shw", rows, v, columns)

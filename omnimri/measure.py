@@ -139,5 +139,5 @@ def location(mask: Tensor, labels: Tensor) -> str:
 
 
 def size_word(diameter_mm: float) -> str:
-    """small below 10 mm, medium below 30 mm, large from there."""
+    """Small below 10 mm, medium below 30 mm, large from there."""
     return "small" if diameter_mm < 10 else "medium-sized" if diameter_mm < 30 else "large"

@@ -63,7 +63,8 @@ def gaussian_coils(num_coils: int, height: int, width: int, generator: torch.Gen
 
 def estimate_coils(kspace: Tensor, centre: int = 24) -> Tensor:
     """Sensitivities of (S, coils, H, W) k-space from its fully sampled centre: low-resolution images over their
-    root-sum-of-squares (McKenzie et al., MRM 2002)."""
+    root-sum-of-squares (McKenzie et al., MRM 2002).
+    """
     *_, h, w = kspace.shape
     window = torch.zeros(h, w)
     ch, cw = min(centre, h), min(centre, w)

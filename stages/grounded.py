@@ -58,9 +58,16 @@ class GroundedDialogue(Objective):
     it, so that queries differ by name long before masks could teach them to.
     """
 
-    def __init__(self, model: OmniMRI) -> None:
+    def __init__(self, model: OmniMRI, *, dense_share: float = 0.0) -> None:
+        """Take a model.
+
+        Args:
+            dense_share: Share of the steps that train masks alone, against the standing queries of the last full step:
+                dense tasks need many images and no language model.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.dense_share = model, dense_share
+        self.register_buffer("standing", torch.zeros(LESION_CLASS, model.config.pixel_width + 1))
         self.naming = torch.nn.Linear(model.config.text_config.hidden_size, LESION_CLASS + 1)
 
     def drive(self, batch: dict[str, Tensor], phase: int, swap: float) -> dict[str, Any]:
@@ -81,6 +88,8 @@ class GroundedDialogue(Objective):
         head = model.heads["segment"]
         queries = head.queries(states["<segment>"].view(b, len(NAMES) + 1, -1))
         standing = torch.arange(1, LESION_CLASS + 1, device=queries.device).repeat(b)
+        if self.training:
+            self.standing.copy_(queries.detach().float().mean(0))
         feature = pixels.phase(phase)
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
         pooled = pool_evidence(
@@ -113,6 +122,8 @@ class GroundedDialogue(Objective):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Loss terms of all tasks."""
         phase = int(torch.randint(4, ()))
+        if self.training and float(torch.rand(())) < self.dense_share and bool(self.standing.any()):
+            return self.dense(batch, phase)
         out = self.drive(batch, phase, swap=0.5)
         segment, detect, reconstruct, report = Segment(), Detect(), Reconstruct(), Report()
         losses = {
@@ -124,6 +135,19 @@ class GroundedDialogue(Objective):
             **detect.loss(out["detect"], detect.target(batch)),
             **reconstruct.loss(out["reconstruct"], reconstruct.target(batch)),
         }
+        return {k: Term(total, count.float(), WEIGHTS[k]) for k, (total, count) in losses.items()}
+
+    def dense(self, batch: dict[str, Tensor], phase: int) -> dict[str, Term]:
+        """Mask losses against fixed queries; what takes no part gets a zero gradient, so that ranks agree."""
+        model = self.model
+        patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
+        pixels = model.pixels(batch["images"], patches, batch["positions_mm"])
+        queries = self.standing.expand(len(batch["images"]), -1, -1)
+        segment = Segment()
+        losses = segment.loss(model.heads["segment"].logits(queries, pixels.phase(phase)), segment.target(batch, phase))
+        idle = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith(("model.vision", "model.heads.pixels"))]
+        total, count = losses["segment"]
+        losses["segment"] = (total + 0.0 * torch.stack([p.sum() for p in idle]).sum(), count)
         return {k: Term(total, count.float(), WEIGHTS[k]) for k, (total, count) in losses.items()}
 
     def metrics(self, batch: dict[str, Tensor]) -> dict[str, Term]:

@@ -12,13 +12,13 @@ from .grounded import DialogueSource, GroundedDialogue
 
 LEARNING_RATE = {
     "vision.backbone.embeddings.mask_token": 0.0,
-    "vision.*": 8e-4,
+    "vision.*": 5e-4,
     "heads.contrast.*": 0.0,
     "projector.*": 1e-3,
     "language.*": 1e-3,
     "naming.*": 1e-3,
-    "heads.pixels.*": 4e-3,
-    "heads.*": 2e-3,
+    "heads.pixels.*": 2e-3,
+    "heads.*": 1e-3,
 }
 DEFAULTS = {"steps": 2000, "batch_size": 2, "warmup": 100}
 NEEDS_KSPACE = True
@@ -33,4 +33,4 @@ class Source(DialogueSource):
 
 def build(model: OmniMRI, steps: int) -> Objective:
     """The objective of this stage."""
-    return GroundedDialogue(model)
+    return GroundedDialogue(model, dense_share=0.67)

@@ -33,4 +33,4 @@ class Source(DialogueSource):
 def build(model: OmniMRI, steps: int) -> Objective:
     """The objective of this stage; adapters are added to the language model."""
     model.add_lora(LORA_RANK)
-    return GroundedDialogue(model)
+    return GroundedDialogue(model, dense_share=0.3)

@@ -28,7 +28,8 @@ def test_perfect_masks_cost_nothing_and_wrong_ones_cost(phantom, tokenizer):
     logits = 20 * torch.nn.functional.one_hot(target.labels, 33).movedim(-1, 1).float()
     lesion = 40 * (target.lesion == 1).float() - 20
     good = Segment().loss((logits, lesion), target)
-    assert all(float(s / n.clamp(min=1)) < 0.03 for s, n in good.values())
+    # The Dice term's smoothing costs structures of a few pixels a little.
+    assert all(float(s / n.clamp(min=1)) < (0.15 if k == "dice" else 0.01) for k, (s, n) in good.items())
     bad = Segment().loss((logits.roll(1, 1), -lesion), target)
     assert float(bad["segment"][0] / bad["segment"][1]) > 5
     assert float(bad["dice"][0] / bad["dice"][1]) > 0.9

@@ -1,0 +1,145 @@
+"""The training loop: bit-identical resume, survival of kills and damage, honest globs, exact accumulation."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_recipes import Mixture, Phantom
+from omnimri.checkpoint import newest_good
+from omnimri.model.omnimri import OmniMRI
+from stages import STAGES
+from stages.__main__ import main
+from stages.engine import FitConfig, batch_at, fit, parameter_groups
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(stage_name, config, tokenizer, out, *, workers, steps=4, **changes):
+    stage = importlib.import_module(STAGES[stage_name])
+    torch.manual_seed(0)
+    model = OmniMRI(copy.deepcopy(config))
+    recipe = Phantom(image_size=64, num_slices=3, with_kspace=stage.NEEDS_KSPACE)
+    source = stage.Source(Mixture({recipe: 1.0}, seed=5), tokenizer, model)
+    settings = FitConfig(steps=steps, learning_rate=stage.LEARNING_RATE, batch_size=2, warmup=1, save_every=2, keep=3,
+                         validate_every=100, validate_batches=1, workers=workers, seed=5)
+    return fit(stage.build(model, steps), source, replace(settings, **changes), out, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_bit_identical(stage, workers, config, tokenizer, tmp_path, capfd):
+    """Stopping after two of four steps and going on, with the other number of workers, changes no bit."""
+    run(stage, config, tokenizer, tmp_path / "whole", workers=workers)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    run(stage, config, tokenizer, tmp_path / "cut", workers=2 - workers)
+    assert "resumed at step 2" in capfd.readouterr().out
+    for name in ("model", "optimizer", "objective"):
+        a, b = (load_file(tmp_path / k / "checkpoints" / "step-000004" / f"{name}.safetensors") for k in ("whole", "cut"))
+        assert set(a) == set(b)
+        assert all(torch.equal(v, b[k]) for k, v in a.items()), name
+    before = load_file(tmp_path / "whole" / "checkpoints" / "step-000002" / "model.safetensors")
+    after = load_file(tmp_path / "whole" / "checkpoints" / "step-000004" / "model.safetensors")
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_a_damaged_newest_checkpoint_is_passed_over(harm, config, tokenizer, tmp_path, capfd):
+    run("align", config, tokenizer, tmp_path, workers=0)
+    newest = tmp_path / "checkpoints" / "step-000004" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    if harm == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 3] ^= 4
+    newest.write_bytes(bytes(data))
+    with pytest.warns(UserWarning, match="step-000004 is not used"):
+        assert newest_good(tmp_path).name == "step-000002"
+    with pytest.warns(UserWarning, match="damaged"):
+        run("align", config, tokenizer, tmp_path, workers=0)
+    assert "resumed at step 2" in capfd.readouterr().out
+    assert newest_good(tmp_path).name == "step-000004"
+
+
+def test_a_kill_loses_at_most_save_every_steps(tmp_path):
+    command = [sys.executable, "-m", "stages", "vision", "--out", str(tmp_path / "run"), "--set", "image_size=48", "--set", "batch_size=1",
+               "--set", "num_slices=2", "--set", "save_every=4", "--set", "steps=4000", "--set", "validate_every=100000"]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for _ in range(1200):
+        if len(list(checkpoints.glob("step-*"))) >= 2:
+            break
+        time.sleep(0.1)
+    time.sleep(0.37 * (os.getpid() % 7))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = int(newest_good(tmp_path / "run").name.removeprefix("step-"))
+    done = max(int(n) for n in re.findall(r"(\d+)/4000", (tmp_path / "log").read_text()))
+    assert kept >= 4
+    assert done - kept <= 4
+    command[-1] = command[-1]
+    again = subprocess.run([*command[:-4], "--set", f"steps={kept + 2}", *command[-2:]], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ, check=False)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"resumed at step {kept}" in again.stdout
+    assert newest_good(tmp_path / "run").name == f"step-{kept + 2:06d}"
+
+
+def test_globs_freeze_and_must_match(config):
+    model = torch.nn.Module()
+    model.model = OmniMRI(copy.deepcopy(config))
+    settings = FitConfig(steps=1, learning_rate={"language.*": 1e-3, "heads.segment.*": 2e-3})
+    groups = parameter_groups(model, settings)
+    moving = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert moving == {n for n, _ in model.named_parameters() if n.startswith(("model.language.", "model.heads.segment."))}
+    assert {g["peak"] for g in groups} == {1e-3, 2e-3}
+    with pytest.raises(ValueError, match=r"visoin"):
+        parameter_groups(model, replace(settings, learning_rate={"visoin.*": 1.0}))
+
+
+def test_accumulation_equals_one_large_batch(config, tokenizer, tmp_path):
+    """Terms are normalised over the whole window: two micro-batches of two equal one batch of four."""
+    whole = run("pretrain", config, tokenizer, tmp_path / "a", workers=0, steps=1, batch_size=4, precision="no", warmup=1)
+    window = run("pretrain", config, tokenizer, tmp_path / "b", workers=0, steps=1, batch_size=2, accumulate=2, precision="no", warmup=1)
+    del whole, window
+    a, b = (load_file(tmp_path / k / "checkpoints" / "step-000001" / "optimizer.safetensors") for k in "ab")
+    # Dice terms are per batch, and the swap of queries is drawn per batch: the text side is what must agree exactly.
+    keys = [k for k in a if "heads.reconstruct" in k and k.endswith("exp_avg")]
+    assert keys
+    for k in keys:
+        cosine = torch.nn.functional.cosine_similarity(a[k].flatten(), b[k].flatten(), dim=0)
+        assert float(cosine) > 0.999 or float(a[k].norm()) < 1e-8, k
+
+
+def test_batches_are_a_pure_function_of_the_step(config, tokenizer):
+    stage = importlib.import_module(STAGES["instruct"])
+    source = stage.Source(Mixture({Phantom(image_size=64, num_slices=3): 1.0}, seed=1), tokenizer, OmniMRI(copy.deepcopy(config)))
+    settings = FitConfig(steps=9, learning_rate={}, batch_size=2)
+    a, b = batch_at(source, settings, 7), batch_at(source, settings, 7)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    ranks = [batch_at(source, settings, 3, rank, 2)["images"] for rank in (0, 1)]
+    assert not torch.equal(*ranks)
+
+
+def test_bad_settings_are_told(tmp_path, capsys):
+    assert main(["align", "--out", str(tmp_path / "x"), "--set", "stesp=3"]) == 2
+    assert "expected KEY=VALUE" in capsys.readouterr().err
+    assert main(["align", "--out", str(tmp_path / "x"), "--init", str(tmp_path / "none")]) == 2
+    assert "found none" in capsys.readouterr().err
+    assert main(["align", "--preset", "huge", "--out", str(tmp_path / "x")]) == 2
+    assert "unknown preset" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""A session opens, answers, shows and forgets; the page builds and answers over HTTP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chat_app.session import REQUESTS, Session
+from omnimri.assistant import Assistant
+from omnimri.io.kspace import write_kspace
+from omnimri.physics import fft2c, gaussian_coils, line_mask
+from omnimri.volume import KSpace
+
+
+@pytest.fixture(scope="module")
+def assistant(checkpoint):
+    return Assistant(checkpoint)
+
+
+@pytest.fixture
+def session(assistant):
+    made = Session(assistant)
+    yield made
+    made.close()
+
+
+def test_a_question_needs_a_study(session):
+    with pytest.raises(ValueError, match="no study is open"):
+        session.ask("Write a report.")
+    assert session.export() == []
+
+
+@pytest.mark.parametrize("name", ["Report", "Segment", "Find lesions"])
+def test_buttons_give_answers_with_masks_in_the_scans_space(session, scan_file, scan, name):
+    session.load(scan_file)
+    question, task = REQUESTS[name]
+    told = []
+    answer = session.ask(question, task=task, on_text=lambda t: told.append(t) is None)
+    assert answer.labels.shape == scan.shape
+    assert torch.allclose(answer.affine, scan.affine, atol=1e-4)
+    assert told
+    assert len(answer.findings) == len(session.assistant.examine(session.study.primary).lesions)
+    names = {Path(p).name for p in session.export()}
+    assert {"answer.json", "answer.md"} <= names
+    assert json.loads((session.folder / "answer.json").read_text())["notice"].startswith("Research use only")
+
+
+def test_views_are_square_lettered_and_overlaid(session, scan_file):
+    session.load(scan_file)
+    for plane in ("axial", "coronal", "sagittal"):
+        bare = session.view(plane, session.best_slice(plane))
+        assert bare.shape == (512, 512, 3)
+        assert bare.std() > 5
+    session.labels = torch.zeros(session.shown.shape, dtype=torch.int32)
+    session.labels[20:40, 20:40, 4:8] = 17
+    assert not np.array_equal(session.view("axial", 5), session.view("axial", 5, overlay=False))
+    assert session.legend()[0][0] == "left hippocampus"
+
+
+def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    image = ((x**2 + y**2) < 0.7).float() + ((x - 0.2) ** 2 + y**2 < 0.1).float()
+    mask = line_mask(64, 2.0, g)[None]
+    write_kspace(tmp_path / "k.h5", KSpace(fft2c(image * gaussian_coils(4, 64, 64, g))[None].repeat(4, 1, 1, 1) * mask, mask,
+                                          torch.diag(torch.tensor([3.0, 3, 3, 1])).double()))
+    session.load(tmp_path / "k.h5")
+    answer = session.ask("Reconstruct this.", task="reconstruct")
+    assert answer.image.shape == (64, 64, 4)
+    assert float(torch.corrcoef(torch.stack([answer.image[:, :, 1].T.flatten(), image.flatten()]))[0, 1]) > 0.9
+    assert answer.task == "reconstruct"
+    assert session.shown.shape == (64, 64, 4)
+
+
+def test_forgetting_leaves_nothing(assistant, scan_file):
+    session = Session(assistant)
+    session.load(scan_file)
+    session.ask("Segment everything.", task="segment")
+    session.export()
+    folder = session.folder
+    session.close()
+    assert not folder.exists()
+    assert session.study is None
+    assert session.history == []
+    assert not assistant._seen
+
+
+def test_history_holds_slots_not_numbers(session, scan_file):
+    session.load(scan_file)
+    session.ask("How large is the left thalamus?")
+    session.ask("And on the right?")
+    assert len(session.history) == 4
+    for message in session.history:
+        if message.role == "assistant":
+            assert not any(c.isdigit() for c in message.text.replace("T1", "").replace("T2", "").replace("3rd", "").replace("4th", ""))
+
+
+def test_the_page_answers_over_http(assistant, scan_file):
+    gradio_client = pytest.importorskip("gradio_client")
+    from chat_app.page import build
+
+    page = build(assistant)
+    _, url, _ = page.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, share=False, quiet=True)
+    try:
+        client = gradio_client.Client(url, verbose=False)
+        told = client.predict(gradio_client.handle_file(str(scan_file)), "axial", True, api_name="/open_file")
+        assert "64 × 64 × 12" in str(told)
+        out = client.predict([], "axial", True, api_name="/report")
+        assert "Research use only" in str(out)
+    finally:
+        page.close()
