@@ -111,9 +111,13 @@ def build(assistant: Assistant) -> gr.Blocks:
         pieces: queue.Queue = queue.Queue()
         stopped = threading.Event()
 
+        def hear(text: str) -> bool:
+            pieces.put(("text", text))
+            return not stopped.is_set()
+
         def work() -> None:
             try:
-                pieces.put(("done", session.ask(question, task=task, on_text=lambda t: (pieces.put(("text", t)), not stopped.is_set())[1])))
+                pieces.put(("done", session.ask(question, task=task, on_text=hear)))
             except ValueError as error:
                 pieces.put(("error", f"⚠ {error}"))
             except Exception as error:  # the page must not die with one question
@@ -202,7 +206,8 @@ def answer_markdown(answer: Any) -> str:
     if answer.findings:
         lines += ["", "| lesion | side | location | ml | mm | slice |", "|---|---|---|---|---|---|"]
         for k, f in enumerate((f.to_json() for f in answer.findings), 1):
-            lines.append(f"| {k} | {f['side']} | {f['location']} | {f['volume_ml']:.2f} | {f['diameter_mm']:.0f} | {f['slice_index'] + 1} |")
+            numbers = f"{f['volume_ml']:.2f} | {f['diameter_mm']:.0f} | {f['slice_index'] + 1}"
+            lines.append(f"| {k} | {f['side']} | {f['location']} | {numbers} |")
     elif answer.structures:
         shown = [s for s in answer.structures if s.voxels]
         lines += ["", "| structure | ml |", "|---|---|", *(f"| {s.name} | {s.volume_ml:.1f} |" for s in shown)]

@@ -99,7 +99,8 @@ class Session:
             rows.append(f"- **{v.name}**: {v.sequence} (header), {plane_of(v)[1]}, {size} voxels of {mm} mm")
         if self.study.kspace is not None:
             s, c, h, w = self.study.kspace.data.shape
-            rows.append(f"- **k-space**: {s} slices, {c} coils, {h} × {w}, {100 * float(self.study.kspace.mask.float().mean()):.0f} % sampled")
+            share = 100 * float(self.study.kspace.mask.float().mean())
+            rows.append(f"- **k-space**: {s} slices, {c} coils, {h} × {w}, {share:.0f} % sampled")
         rows += [f"- ⚠ {w}" for w in self.study.warnings]
         return "\n".join(rows)
 

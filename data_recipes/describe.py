@@ -149,10 +149,7 @@ def segment_turns(g: torch.Generator, f: Facts) -> list[Message]:
                        "Show me a full segmentation.", "Label the whole brain.", "Parcellate the brain please."))
         return [Message("user", ask), Message("assistant", "Every structure is outlined <segment>.")]
     absent = [n for n in NAMES if n not in f.visible]
-    if absent and uniform(g, 0, 1) < 0.15:
-        name = pick(g, absent)
-    else:
-        name = pick(g, f.visible or NAMES)
+    name = pick(g, absent) if absent and uniform(g, 0, 1) < 0.15 else pick(g, f.visible or NAMES)
     turns = []
     for n in (name, name.replace("left", "\0").replace("right", "left").replace("\0", "right")):
         ask = pick(g, (f"Segment the {n}.", f"Outline the {n}.", f"Can you show me the {n}?", f"Where is the {n}?",

@@ -115,8 +115,56 @@ def detect(assistant: Assistant, study: Study, truth: np.ndarray) -> dict[str, A
     seen = assistant.examine(study.primary)
     hits = sum(bool(said[(ranks == r).numpy()].any()) for r in range(1, len(sizes) + 1))
     false = sum(not truth[(seen.lesion_ranks == x.rank).numpy()].any() for x in seen.lesions)
-    return {"lesion_dice": dice(said, truth), "lesions": len(sizes), "found": hits, "findings": len(seen.lesions), "false": false,
-            "truth_ml": round(float(truth.sum()) * study.primary.voxel_ml, 1), "said_ml": round(float(said.sum()) * study.primary.voxel_ml, 1)}
+    ml = study.primary.voxel_ml
+    return {
+        "lesion_dice": dice(said, truth),
+        "lesions": len(sizes),
+        "found": hits,
+        "findings": len(seen.lesions),
+        "false": false,
+        "truth_ml": round(float(truth.sum()) * ml, 1),
+        "said_ml": round(float(said.sum()) * ml, 1),
+    }
+
+
+def picture(assistant: Assistant, out: Path) -> dict[str, Any]:
+    """Draw the answer to "Write a report." on the MNI152 T1: three planes with the label map, and the text below."""
+    import textwrap
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from nilearn.datasets import load_mni152_template
+
+    from omnimri.grid import closest_axes
+
+    image = load_mni152_template(resolution=1)
+    study = study_of(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine), oriented=True)
+    answer = assistant.answer(study, "Write a report.", task="report")
+    labels = assistant.segment(study).labels
+    assert labels is not None
+    volume = study.primary
+    x, y, z = closest_axes(volume.affine)
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 8.6), facecolor="black")
+    centre = [n // 2 for n in volume.shape]
+    for k, axis in enumerate((z, y, x)):
+        for row in range(2):
+            cut = volume.voxels[0].select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
+            shown = labels.select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
+            axes[row, k].imshow(cut, cmap="gray")
+            if row:
+                style = {"cmap": "nipy_spectral", "vmin": 0, "vmax": 60, "alpha": 0.55, "interpolation": "nearest"}
+                axes[row, k].imshow(np.ma.masked_equal(shown, 0), **style)
+            axes[row, k].axis("off")
+            for place, letter in ((0.02, "R" if axis != x else "P"), (0.95, "L" if axis != x else "A")):
+                axes[row, k].text(place, 0.5, letter, color="yellow", transform=axes[row, k].transAxes)
+    words = "\n".join(textwrap.wrap(f"Write a report. -> {answer.text}", 130))
+    figure.text(0.02, 0.01, f"{words}\n{answer.notice}", color="white", fontsize=9)
+    figure.subplots_adjust(0, 0.14, 1, 1, 0.01, 0.01)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "answer.png", dpi=80, facecolor="black")
+    return {"text": answer.text}
 
 
 def peak_memory_gib() -> float:

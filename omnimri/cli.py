@@ -133,7 +133,7 @@ def run_info(args: Any) -> None:
         mm = " x ".join(f"{s:g}" for s in row["spacing_mm"])
         why = "used: most voxels" if row["used"] else "not used"
         print(f"{row['series']}: {row['sequence']}, {row['plane']}, {size} voxels of {mm} mm ({why})")
-        print("  " + ", ".join(f"{k} {v:g}" for k, v in row["parameters"].items()) if row["parameters"] else "  no sequence parameters in the header")
+        print("  " + (", ".join(f"{k} {v:g}" for k, v in row["parameters"].items()) or "no sequence parameters in the header"))
     if "kspace" in told:
         print(f"k-space: (slices, coils, height, width) {tuple(told['kspace']['shape'])}, {100 * told['kspace']['sampled']:.1f} % sampled")
     print(NOTICE)

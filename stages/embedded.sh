@@ -11,3 +11,4 @@ stage align --init "$runs/vision" --out "$runs/align" --set steps=140 --set batc
 few=(--set num_slices=4 --set max_slices=4)
 stage pretrain --init "$runs/align" --out "$runs/pretrain" --set steps=6000 "${few[@]}"
 stage instruct --init "$runs/pretrain" --out "$runs/instruct" --set steps=500 "${few[@]}"
+python -m stages.release "$runs/instruct" --data "$data" --out omnimri/embedded

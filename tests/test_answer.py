@@ -31,7 +31,8 @@ def test_a_lesion_without_a_mask_is_removed_and_said():
 
 
 def test_a_mask_is_never_denied():
-    found = ground_lesions("Axial T1-weighted MRI of the brain. No lesion is found. Impression: no focal lesion.", (LEFT, RIGHT), exhaustive=True)
+    denial = "Axial T1-weighted MRI of the brain. No lesion is found. Impression: no focal lesion."
+    found = ground_lesions(denial, (LEFT, RIGHT), exhaustive=True)
     assert "No lesion" not in found.raw
     assert "no focal" not in found.raw
     assert found.raw.count("<segment>") == 2

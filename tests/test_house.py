@@ -44,8 +44,8 @@ def test_constraints_hold_versions_only():
 
 def test_importing_is_lazy():
     assert python("import sys, omnimri, omnimri.io; print('torch' in sys.modules)").strip() == "False"
-    heavy = "import sys, omnimri.cli; omnimri.cli.build_parser(); print([m for m in ('torch','gradio','transformers','numpy') if m in sys.modules])"
-    assert python(heavy).strip() == "[]"
+    listed = "print([m for m in ('torch', 'gradio', 'transformers', 'numpy') if m in sys.modules])"
+    assert python(f"import sys, omnimri.cli; omnimri.cli.build_parser(); {listed}").strip() == "[]"
 
 
 def test_nothing_is_pickled_or_fetched_by_the_library():

@@ -15,8 +15,10 @@ from omnimri.tasks import Segment
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("images", "labels", "lesions", "positions_mm")) and (
-        a.caption, a.conversations, a.facts, a.lesion_places, a.spacing_mm) == (b.caption, b.conversations, b.facts, b.lesion_places, b.spacing_mm)
+    tensors = ("images", "labels", "lesions", "positions_mm")
+    words = ("caption", "conversations", "facts", "lesion_places", "spacing_mm")
+    equal = all(torch.equal(getattr(a, k), getattr(b, k)) for k in tensors)
+    return equal and all(getattr(a, k) == getattr(b, k) for k in words)
 
 
 def test_a_record_depends_on_seed_and_index_alone(phantom):

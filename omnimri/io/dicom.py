@@ -121,7 +121,7 @@ def _stack(instances: list[Any], name: str, warnings: list[str]) -> Volume:
     if abs(np.linalg.norm(row) - 1) > 0.01 or abs(np.linalg.norm(column) - 1) > 0.01 or abs(row @ column) > 0.01:
         raise ValueError("expected perpendicular unit image directions in the header, got others")
     normal = np.cross(row, column)
-    at = {}
+    at: dict[float, tuple[Any, Any]] = {}
     for instance in sorted(instances, key=lambda i: int(i.get("InstanceNumber") or 0)):
         position = np.array([float(v) for v in instance.ImagePositionPatient])
         at.setdefault(round(float(position @ normal), 3), (position, instance))

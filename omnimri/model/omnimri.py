@@ -60,6 +60,11 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"language.lm_head.weight": "language.model.embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_cache_class = True
+    heads: Any
+    """nn.ModuleDict: `pixels`, `evidence`, `contrast`, and one for each task that has a head."""
+    scope_mean: Tensor
+    scope_whiten: Tensor
+    scope_limit: Tensor
 
     def __init__(self, config: OmniMRIConfig) -> None:
         super().__init__(config)
@@ -104,7 +109,7 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
 
     def look(self, patches_NPD: Tensor, chosen_BL: Tensor) -> Tensor:
         """Patch features (B S, P, D) of all slices and the slices chosen for language -> (B, L x tokens, E)."""
-        b, length = chosen_BL.shape
+        b = len(chosen_BL)
         every = patches_NPD.view(b, -1, *patches_NPD.shape[1:])
         picked = every[torch.arange(b, device=chosen_BL.device)[:, None], chosen_BL]
         return self.projector(picked.flatten(0, 1)).reshape(b, -1, self.config.text_config.hidden_size)

@@ -45,8 +45,8 @@ class DepthMixing(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.out = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     reach_mm = 4.0
 

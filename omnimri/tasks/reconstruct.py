@@ -28,8 +28,8 @@ class Regulariser(nn.Module):
         self.third = nn.Conv2d(width, width, 3, padding=4, dilation=4)
         self.last = nn.Conv2d(width, 2, 3, padding=1)
         self.film = nn.Linear(query, 2 * width)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_N2HW: Tensor, query_NE: Tensor) -> Tensor:
         """(N, 2, h, w), (N, E) -> (N, 2, h, w)."""

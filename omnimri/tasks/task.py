@@ -11,23 +11,25 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """An ability: what it is called, the token that drives it, its head, its truth, its loss and its read-out."""
+    """An ability: what it is called, the token that drives it, its head, its truth, its loss and its read-out.
+
+    Each task takes what its ability needs: see the methods of the four.
+    """
 
     name: str
     token: str
-
     def head(self, config: OmniMRIConfig) -> nn.Module | None:
         """The module that the token's hidden state drives; None where the answer is text."""
         ...
 
-    def target(self, batch: dict[str, Tensor]) -> Any:
+    def target(self, *args: Any, **kwargs: Any) -> Any:
         """The truth, from a collated batch."""
         ...
 
-    def loss(self, predicted: Any, target: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def loss(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Name -> (sum, count) of each loss term."""
         ...
 
-    def read(self, predicted: Any, *args: Any) -> Any:
+    def read(self, *args: Any, **kwargs: Any) -> Any:
         """The answer in the scan's own space."""
         ...

@@ -1,0 +1,128 @@
+"""python -m stages.release RUN --data DIR --out omnimri/embedded: from a trained run to a checkpoint to ship.
+
+Folds the adapters in, learns what in-scope features look like, chooses the lesion threshold on heads that were never
+trained on, rounds to bfloat16, and writes the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_recipes import Phantom, Synthetic
+from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
+from omnimri.anatomy import PLANES
+from omnimri.checkpoint import load_model, publish, resolve, save_model
+from omnimri.conversation import card, query_messages, render
+from omnimri.example import Record, language_slices, normalise
+from omnimri.measure import rank_components
+
+SCOPE_MARGIN = 2.0
+"""Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
+FALSE_ALARM_SHARE = 0.05
+"""Largest share of normal held-out studies in which the lesion threshold may show a lesion."""
+
+
+def features_of(model: Any, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean patch feature, visual tokens) of a record's slices for language."""
+    images = normalise(record.images)
+    chosen = language_slices(len(images), model.config.max_slices)
+    patches = model.encode(images[None, chosen], record.positions_mm[None, chosen], torch.tensor([PLANES.index(record.plane)]))
+    return patches.mean((0, 1)), model.look(patches, torch.arange(len(chosen))[None])
+
+
+def lesion_probability(model: Any, tokenizer: Any, record: Record) -> torch.Tensor:
+    """(S, H/2, W/2) lesion probability of a record at phase 0."""
+    _, visual = features_of(model, record)
+    rendered = render(query_messages(record.sequence or "T1w"), tokenizer, study=card(record.plane), num_image_tokens=visual.shape[1])
+    ids = torch.tensor([rendered.ids])
+    _, states = model.hidden_at(ids, model(input_ids=ids, visual=visual).hidden_states[0], "<segment>")
+    images, positions = normalise(record.images)[None], record.positions_mm[None]
+    pixels = model.pixels(images, model.encode(images, positions, torch.tensor([PLANES.index(record.plane)])), positions)
+    queries = model.heads["segment"].queries(states[None])
+    return model.heads["segment"].logits(queries, pixels.phase(0))[1].sigmoid()
+
+
+@torch.inference_mode()
+def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int) -> dict[str, Any]:
+    """Set the scope's mean, whitening and limit, and choose the lesion threshold."""
+    inside = torch.stack([features_of(model, training.record(101, i))[0] for i in range(count)])
+    model.scope_mean.copy_(inside.mean(0))
+    off = inside - inside.mean(0)
+    covariance = off.T @ off / (count - 1)
+    values, vectors = torch.linalg.eigh(covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance)))
+    model.scope_whiten.copy_(vectors @ torch.diag(values.clamp(min=1e-8).rsqrt()) @ vectors.T)
+    records = [held_out.record(102, i) for i in range(count)]
+    scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (features_of(model, r)[0] - model.scope_mean)) for r in records])
+    model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
+    tried: dict[float, tuple[float, float]] = {}
+    probabilities = [lesion_probability(model, tokenizer, r) for r in records]
+    for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        normal = alarms = diseased = found = 0
+        for record, p in zip(records, probabilities, strict=True):
+            said = rank_components(p > threshold, least=6)[0]
+            said = (said > 0) & (said < 255)
+            truth = (record.lesions > 0) & (record.lesions < 255)
+            if not record.lesion_places:
+                normal, alarms = normal + 1, alarms + int(bool(said.any()))
+            else:
+                diseased, found = diseased + 1, found + int(bool((said & truth[:, ::2, ::2]).any()))
+        tried[threshold] = (alarms / max(normal, 1), found / max(diseased, 1))
+    good = [t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE]
+    model.config.lesion_threshold = min(good) if good else max(tried)
+    model.config.least_lesion_ml = 0.1
+    return {
+        "scope_limit": float(model.scope_limit),
+        "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},
+        "lesion_threshold": model.config.lesion_threshold,
+        "threshold_false_alarm_and_sensitivity": {str(k): [round(a, 3), round(b, 3)] for k, (a, b) in tried.items()},
+        "studies": count,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write a checkpoint to ship."""
+    parser = argparse.ArgumentParser(prog="python -m stages.release", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", help="folder of label maps; the phantom calibrates where it is not given")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=150)
+    args = parser.parse_args(argv)
+    try:
+        source = resolve(args.run)
+        model, tokenizer, _ = load_model(source)
+        model.merge_lora()
+        size = {"image_size": model.config.image_size, "with_kspace": False, "num_slices": model.config.max_slices}
+        if args.data:
+            training: Any = Synthetic(args.data, numbers=TRAINING_MAPS, **size)
+            held_out: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size)
+        else:
+            training = held_out = Phantom(**size)
+        rounded = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+        model.load_state_dict({k: v.float() for k, v in rounded.items()})
+        told = calibrate(model, tokenizer, training, held_out, count=args.count)
+        rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
+        for tied in model._tied_weights_keys:
+            rounded.pop(tied)
+        provenance = json.loads((source / "provenance.json").read_text()) | {"calibration": told, "weights_dtype": "bfloat16"}
+        partial = args.out.with_name(f".{args.out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_model(model, tokenizer, partial, provenance=provenance, state=rounded)
+        (partial / "README.md").write_text((Path(__file__).parent / "model_card.md").read_text())
+        publish(partial, args.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(told, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
