@@ -208,8 +208,7 @@ def answer_markdown(answer: Any) -> str:
         for k, f in enumerate((f.to_json() for f in answer.findings), 1):
             numbers = f"{f['volume_ml']:.2f} | {f['diameter_mm']:.0f} | {f['slice_index'] + 1}"
             lines.append(f"| {k} | {f['side']} | {f['location']} | {numbers} |")
-    elif answer.structures:
-        shown = [s for s in answer.structures if s.voxels]
+    elif shown := [s for s in answer.structures if s.voxels]:
         lines += ["", "| structure | ml |", "|---|---|", *(f"| {s.name} | {s.volume_ml:.1f} |" for s in shown)]
     lines += ["", *(f"⚠ {w}" for w in answer.warnings)]
     return "\n".join(lines).strip() + f"\n\n*{answer.notice}*"

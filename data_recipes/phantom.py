@@ -50,7 +50,7 @@ class Phantom(Recipe):
     def record(self, seed: int, index: int) -> Record:
         """One study of one analytic head."""
         g = generator(seed, self.name, index)
-        jitter = 1 + 0.08 * torch.randn(len(_PARTS), 3, generator=g).clamp(-2, 2)
+        jitter = 1 + 0.04 * torch.randn(len(_PARTS), 3, generator=g).clamp(-2, 2)
         scan = draw_scan(
             g,
             num_slices=self.num_slices,
@@ -58,6 +58,7 @@ class Phantom(Recipe):
             brain_box=(torch.tensor([-66.0, -82, -60]), torch.tensor([66.0, 82, 60])),
             head_centre=torch.tensor([0.0, 4, 0]),
             mirror=self.mirror,
+            variation=0.3,
         )
         found = scan_record(
             g, scan, lambda p: head_codes(p, jitter), size=self.image_size, with_kspace=self.with_kspace, device=self.device

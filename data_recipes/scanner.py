@@ -89,6 +89,8 @@ class Scan:
     stripped: bool
     mirrored: bool
     normal: bool
+    variation: float = 1.0
+    """How much heads and scanners differ: scales tilt, size, bending, tissue spread, bias field and noise."""
 
 
 def draw_scan(
@@ -100,6 +102,7 @@ def draw_scan(
     head_centre: Tensor,
     mirror: bool,
     normal_share: float = 0.4,
+    variation: float = 1.0,
 ) -> Scan:
     """Draw plane, slices, field of view and sequence.
 
@@ -133,13 +136,14 @@ def draw_scan(
         stripped=stripped,
         mirrored=mirror and uniform(g, 0, 1) < 0.5,
         normal=uniform(g, 0, 1) < normal_share,
+        variation=variation,
     )
 
 
-def signals(g: torch.Generator, sequence: str) -> tuple[Tensor, Tensor]:
+def signals(g: torch.Generator, sequence: str, variation: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean and texture of every code's signal, (NUM_CODES,) each, by the sequence's equation at drawn parameters."""
-    spread = 1 + 0.07 * torch.randn(NUM_CODES, 3, generator=g)
-    shared = {t: 1 + 0.08 * torch.randn(3, generator=g) for t in BRAIN}
+    spread = 1 + 0.07 * variation * torch.randn(NUM_CODES, 3, generator=g)
+    shared = {t: 1 + 0.08 * variation * torch.randn(3, generator=g) for t in BRAIN}
     for k, s in enumerate(STRUCTURES, 1):
         spread[k] = 1 + (spread[k] - 1) * 0.5
         spread[k] *= shared[s.tissue]
@@ -208,16 +212,16 @@ def lattice_points(scan: Scan, size: int, device: torch.device) -> Tensor:
 def anatomy_points(g: torch.Generator, scan: Scan, points: Tensor) -> Tensor:
     """Tilt, scale and bend lattice points into the anatomy's frame: a pure function of the generator."""
     device = points.device
-    angle = torch.randn(3, generator=g) * math.radians(7)
+    angle = torch.randn(3, generator=g) * math.radians(7) * scan.variation
     (cx, cy, cz), (sx, sy, sz) = angle.cos(), angle.sin()
     rx = torch.tensor([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     ry = torch.tensor([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     rz = torch.tensor([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    scale = torch.diag(1 + 0.08 * torch.randn(3, generator=g).clamp(-2, 2))
+    scale = torch.diag(1 + 0.08 * scan.variation * torch.randn(3, generator=g).clamp(-2, 2))
     moved = points @ (rx @ ry @ rz @ scale).to(device).T
     s, _, h, w, _ = points.shape
     nodes = 4 if scan.spacing_mm[0] > 8 else 1
-    coarse = torch.randn(1, 3, nodes, 7, 7, generator=g).to(device) * uniform(g, 0.5, 3.0)
+    coarse = torch.randn(1, 3, nodes, 7, 7, generator=g).to(device) * uniform(g, 0.5, 3.0) * scan.variation
     bend = F.interpolate(coarse, size=(s, h, w), mode="trilinear", align_corners=True)[0]
     moved = moved + bend.permute(1, 2, 3, 0)[:, None]
     if scan.mirrored:
@@ -289,7 +293,7 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
 def acquire(g: torch.Generator, scan: Scan, codes: Tensor) -> Tensor:
     """Tissue codes (S, 3, H, W) -> image intensities: signal, texture, blur, bias field, Rician noise."""
     device = codes.device
-    mean, texture = signals(g, scan.sequence)
+    mean, texture = signals(g, scan.sequence, scan.variation)
     noise_seed = int(torch.randint(2**31, (), generator=g))
     white = torch.randn(3, *codes.shape, generator=torch.Generator().manual_seed(noise_seed)).to(device)
     index = codes.int()
@@ -299,10 +303,10 @@ def acquire(g: torch.Generator, scan: Scan, codes: Tensor) -> Tensor:
     share = NEIGHBOUR_MM / reach
     x = torch.stack([torch.lerp(x[:, 1], x[:, 0], share), x[:, 1], torch.lerp(x[:, 1], x[:, 2], share)], 1)
     s, _, h, w = x.shape
-    coarse = torch.randn(1, 1, 3, 4, 4, generator=g).to(device) * uniform(g, 0.02, 0.25)
+    coarse = torch.randn(1, 1, 3, 4, 4, generator=g).to(device) * uniform(g, 0.02, 0.25) * scan.variation
     bias = F.interpolate(coarse, size=(s, h, w), mode="trilinear", align_corners=True)[0, 0]
     x = x.clamp(min=0) * torch.exp(bias)[:, None]
-    sigma = math.exp(uniform(g, math.log(0.004), math.log(0.06)))
+    sigma = math.exp(uniform(g, math.log(0.004), math.log(0.06))) * scan.variation
     if scan.stripped:
         return torch.where(index > 0, ((x + sigma * white[1]) ** 2 + (sigma * white[2]) ** 2).sqrt(), x)
     return ((x + sigma * white[1]) ** 2 + (sigma * white[2]) ** 2).sqrt()

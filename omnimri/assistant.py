@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, resolve_names
-from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, lesion_measures
+from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, lesion_measures, sentences
 from .checkpoint import EMBEDDED, load_model
-from .conversation import Message, card, render
+from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
-from .example import LESION_CLASS, language_slices, segment_classes
+from .example import LESION_CLASS, language_slices, named_class, segment_classes
 from .measure import measure
-from .physics import estimate_coils
+from .physics import estimate_coils, ifft2c
 from .tasks import TASKS, Reconstruct
 from .tokens import digit_ids
 from .volume import KSpace, Study, Volume
@@ -71,8 +72,6 @@ class Assistant:
     @torch.inference_mode()
     def reconstruct(self, kspace: KSpace) -> Volume:
         """Reconstruct k-space to a magnitude volume; the query comes from a look at the zero-filled image."""
-        from .physics import ifft2c
-
         coils = estimate_coils(kspace.data)
         zero_filled = (ifft2c(kspace.data) * coils.conj()).sum(1)
         first = Volume(Reconstruct().read(zero_filled)[None], kspace.affine, oriented=False, name="zero-filled")
@@ -162,14 +161,17 @@ class Assistant:
         written = self._generate(ids, seen, on_text, beams)
         raw = prefix + self.tokenizer.decode(written, skip_special_tokens=False).replace("<|im_end|>", "")
         raw = raw.replace("<|endoftext|>", "").strip()
+        if task == "segment" and "<segment>" not in raw:
+            raw = "Every structure is outlined <segment>."
+            written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
         if chosen is None:
             chosen = "segment" if "<segment>" in raw else "text"
-        labels, wanted, notes = self._draw(study, seen, ids[0].tolist(), written, chosen, task)
+        labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
         grounded = ground_lesions(
             TASKS["report"].read(raw), seen.lesions, exhaustive=chosen in ("report", "detect")
         )
-        return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
+        return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=grounded.notes,
                             lesions=grounded.lesions, raw=raw)
 
     def _generate(self, ids: Tensor, seen: Examination, on_text: Callable[[str], bool] | None, beams: int) -> list[int]:
@@ -220,33 +222,25 @@ class Assistant:
             raise out["error"]
         return out["ids"]
 
-    def _draw(
-        self, study: Study, seen: Examination, prompt: list[int], written: list[int], chosen: str, task: str | None
-    ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-        """Masks of the structures that the answer's own `<segment>` states ask for.
-
-        Returns:
-            Labels in scan space, the names to be shown, and notes.
-        """
-        from .conversation import Rendered
-
+    def _draw(self, seen: Examination, prompt: list[int], written: list[int], chosen: str) -> tuple[Tensor, tuple[str, ...]]:
+        """Masks of the structures that the answer's own `<segment>` states ask for: labels in scan space, and the names shown."""
         full = prompt + written
-        classes = segment_classes(Rendered(full, [-100] * len(prompt) + written), self.tokenizer)
+        classes = segment_classes(Rendered(full, [IGNORE] * len(prompt) + written), self.tokenizer)
         own = [(i, k) for i, k in enumerate(classes) if 0 < k < LESION_CLASS]
-        everything = "segment" in (chosen, task) and not own
+        everything = chosen == "segment" and not own
         names: tuple[str, ...] = tuple(dict.fromkeys(NAMES[k - 1] for _, k in own))
         if chosen in ("detect", "report"):
-            return seen.labels, (LESION,), ()
+            return seen.labels, (LESION,)
         if everything and "<segment>" in self.tokenizer.decode(written):
-            return seen.labels, (*NAMES, LESION), ()
+            return seen.labels, (*NAMES, LESION)
         if not own:
-            return seen.labels, (), ()
+            return seen.labels, ()
         ids = torch.tensor([full])
         hidden = self.model(input_ids=ids, visual=seen.visual, evidence=seen.evidence, logits_to_keep=1).hidden_states[0]
         queries = seen.queries.clone()
         for i, k in own:
             queries[0, k - 1] = self.model.heads["segment"].queries(hidden[0, i])
-        return answer_labels(self.model, seen, queries), names, ()
+        return answer_labels(self.model, seen, queries), names
 
     def _answer(
         self,
@@ -308,9 +302,6 @@ class Assistant:
         self, text: str, labels: Tensor, lesions: Sequence[Any], seen: Examination
     ) -> tuple[list[dict[str, str]], str, list[str]]:
         """Slot texts for each `<segment>`; sentences on a structure whose mask is empty are replaced."""
-        from .answer import sentences
-        from .example import named_class
-
         by_name = {s.name: s for s in STRUCTURES}
         measures: list[dict[str, str]] = []
         kept: list[str] = []
@@ -364,8 +355,6 @@ class Assistant:
 
 def show_unfilled(text: str) -> str:
     """Text as it streams: slots are dots until they are measured, task tokens are not shown."""
-    import re
-
     text = re.sub(r"<(segment|report|detect|reconstruct|\|im_end\||\|endoftext\|)>", "", text)
     return re.sub(r" +([.,;])", r"\1", re.sub(r"<[a-z]+>", "…", text)).strip()
 

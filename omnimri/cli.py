@@ -25,9 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     for key, value in _OFFLINE.items():
         os.environ.setdefault(key, value)
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "entry"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return int(args.run(args) or 0)
+        return int((args.entry.load()(rest) if hasattr(args, "entry") else args.run(args)) or 0)
     except ValueError as error:
         print(f"omnimri: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -76,8 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--out", required=True, metavar="recon.nii.gz")
     for entry in entry_points(group="omnimri.commands"):
         sub = commands.add_parser(entry.name, help="Start the chat page on this machine.", add_help=False)
-        sub.add_argument("rest", nargs=argparse.REMAINDER)
-        sub.set_defaults(run=lambda args, entry=entry: entry.load()(args.rest))
+        sub.set_defaults(entry=entry)
     return parser
 
 
