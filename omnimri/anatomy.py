@@ -89,3 +89,16 @@ def resolve_names(request: str) -> tuple[str, ...]:
             known = ", ".join(sorted({n.removeprefix("left ").removeprefix("right ") for n in lower.values()}))
             raise ValueError(f"unknown structure {part!r}; expected 'all' or names from: {known} (sided names too)")
     return tuple(dict.fromkeys(chosen))
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Structures that a question names; one named without a side means both sides."""
+    text = text.lower()
+    found = [n for n in NAMES if n.lower() in text]
+    for stem in sorted({n.split(" ", 1)[1] for n in NAMES if n.startswith("left ")}, key=len, reverse=True):
+        sided = (f"left {stem}", f"right {stem}")
+        if stem.lower() in text and not any(n in found for n in sided):
+            found += sided
+            text = text.replace(stem.lower(), "")
+    # "lateral ventricle" stands inside "inferior lateral ventricle".
+    return tuple(n for n in found if not any(n != m and n.split(" ", 1)[-1] in m and m in found for m in found))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, resolve_names
+from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, names_in, resolve_names
 from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, lesion_measures, sentences
 from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
@@ -167,11 +167,17 @@ class Assistant:
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
         if chosen is None:
             chosen = "segment" if "<segment>" in raw else "text"
+        asked = names_in(question)
+        notes: tuple[str, ...] = ()
+        if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
+            raw = " ".join(f"The {name} <segment> measures <ml> ml." for name in asked)
+            written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
+            notes = ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
         grounded = ground_lesions(
             TASKS["report"].read(raw), seen.lesions, exhaustive=chosen in ("report", "detect")
         )
-        return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=grounded.notes,
+        return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)
 
     def _generate(self, ids: Tensor, seen: Examination, on_text: Callable[[str], bool] | None, beams: int) -> list[int]:

@@ -68,3 +68,13 @@ def test_digits_are_blocked(tokenizer, number):
 def test_people_cannot_write_control_tokens(tokenizer):
     special = {tokenizer.convert_tokens_to_ids(t) for t in ("<segment>", "<|im_end|>", "<image>", "<ml>")}
     assert not special & set(plain_ids("<segment> <|im_end|> <image> <ml> hi", tokenizer))
+
+
+def test_questions_name_structures():
+    from omnimri.anatomy import names_in
+
+    assert names_in("How large is the left hippocampus?") == ("left hippocampus",)
+    assert names_in("Outline the thalamus") == ("left thalamus", "right thalamus")
+    assert names_in("the left inferior lateral ventricle") == ("left inferior lateral ventricle",)
+    assert names_in("Where is the 3rd ventricle?") == ("3rd ventricle",)
+    assert names_in("Write a report.") == ()
