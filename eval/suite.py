@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from omnimri.anatomy import STRUCTURES
+from omnimri.anatomy import CLASS_OF_LABEL, STRUCTURES
 from omnimri.assistant import Assistant
 from omnimri.io import open_study
 from omnimri.io.nifti import study_of
@@ -145,16 +145,20 @@ def picture(assistant: Assistant, out: Path) -> dict[str, Any]:
     labels = assistant.segment(study).labels
     assert labels is not None
     volume = study.primary
+    spread = torch.zeros(64, dtype=torch.int32)
+    for s in STRUCTURES:
+        spread[s.label] = 1 + (CLASS_OF_LABEL[s.label] * 13) % 32
+    coloured = spread[labels.long()]
     x, y, z = closest_axes(volume.affine)
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 8.6), facecolor="black")
     centre = [n // 2 for n in volume.shape]
     for k, axis in enumerate((z, y, x)):
         for row in range(2):
             cut = volume.voxels[0].select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
-            shown = labels.select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
+            shown = coloured.select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
             axes[row, k].imshow(cut, cmap="gray")
             if row:
-                style = {"cmap": "nipy_spectral", "vmin": 0, "vmax": 60, "alpha": 0.55, "interpolation": "nearest"}
+                style = {"cmap": "nipy_spectral", "vmin": 0, "vmax": 33, "alpha": 0.55, "interpolation": "nearest"}
                 axes[row, k].imshow(np.ma.masked_equal(shown, 0), **style)
             axes[row, k].axis("off")
             for place, letter in ((0.02, "R" if axis != x else "P"), (0.95, "L" if axis != x else "A")):

@@ -101,4 +101,5 @@ def names_in(text: str) -> tuple[str, ...]:
             found += sided
             text = text.replace(stem.lower(), "")
     # "lateral ventricle" stands inside "inferior lateral ventricle".
-    return tuple(n for n in found if not any(n != m and n.split(" ", 1)[-1] in m and m in found for m in found))
+    stem_of = {n: n.removeprefix("left ").removeprefix("right ") for n in found}
+    return tuple(n for n in found if not any(stem_of[n] != stem_of[m] and stem_of[n] in stem_of[m] for m in found))

@@ -118,7 +118,10 @@ class Grounded:
     notes: tuple[str, ...]
 
 
-def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool) -> Grounded:
+UNJUDGED = "Whether there are lesions cannot be told: this checkpoint finds too few of them."
+
+
+def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, can_deny: bool = True) -> Grounded:
     """Hold a text against the lesion masks.
 
     The k-th lesion `<segment>` is the k-th lesion by volume; a sentence whose lesion has no mask is removed, so is one
@@ -126,6 +129,7 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool) -
 
     Args:
         exhaustive: The answer is to tell of every lesion (report, detection): those it forgot are added.
+        can_deny: Whether this checkpoint's sensitivity lets an empty mask mean "no lesion".
     """
     kept: list[str] = []
     shown: list[Lesion] = []
@@ -135,6 +139,7 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool) -
         number = sentence.count("<segment>") if lesional else 0
         wrong = (
             ("denies a lesion that has a mask", bool(_NONE.search(sentence)) and bool(lesions)),
+            ("denies lesions, which this checkpoint cannot", bool(_NONE.search(sentence)) and not can_deny),
             ("counts one lesion", bool(_ONE.search(sentence)) and len(lesions) != 1),
             ("counts several lesions", bool(_MANY.search(sentence)) and len(lesions) < 2),
             ("tells of a lesion without a mask", lesional and not lesions and not _NONE.search(sentence)),
@@ -158,7 +163,11 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool) -
         kept[place:place] = said
         shown += missing
         if not lesions and not any(_NONE.search(s) for s in kept):
-            kept.append("No lesion is found.")
+            kept.append("No lesion is found." if can_deny else UNJUDGED)
+        elif not lesions and not can_deny:
+            kept.append(UNJUDGED)
+    if not kept and not can_deny:
+        kept.append(UNJUDGED)
     return Grounded(" ".join(kept) or "I cannot tell from this study.", tuple(shown), tuple(dict.fromkeys(notes)))
 
 

@@ -29,6 +29,8 @@ MAX_QUESTION = 2000
 MAX_HISTORY = 8
 """Messages of a conversation that the model is shown again."""
 KEPT_EXAMINATIONS = 2
+LEAST_SENSITIVITY = 0.5
+"""A checkpoint that found fewer of the held-out lesions may not say that there are none."""
 
 
 class Assistant:
@@ -174,8 +176,9 @@ class Assistant:
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
             notes = ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
+        can_deny = getattr(self.model.config, "lesion_sensitivity", 0.0) >= LEAST_SENSITIVITY
         grounded = ground_lesions(
-            TASKS["report"].read(raw), seen.lesions, exhaustive=chosen in ("report", "detect")
+            TASKS["report"].read(raw), seen.lesions, exhaustive=chosen in ("report", "detect"), can_deny=can_deny
         )
         return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)

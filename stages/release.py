@@ -77,6 +77,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     good = [t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE]
     model.config.lesion_threshold = min(good) if good else max(tried)
     model.config.least_lesion_ml = 0.1
+    model.config.lesion_sensitivity = tried[model.config.lesion_threshold][1]
     return {
         "scope_limit": float(model.scope_limit),
         "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},

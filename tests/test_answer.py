@@ -39,6 +39,14 @@ def test_a_mask_is_never_denied():
     assert found.lesions == (LEFT, RIGHT)
 
 
+def test_a_checkpoint_that_finds_too_few_may_not_deny():
+    for text in ("Axial FLAIR MRI of the brain. No lesion is found. Impression: no focal lesion.", "There is no focal lesion."):
+        found = ground_lesions(text, (), exhaustive=True, can_deny=False)
+        assert "no focal" not in found.raw.lower()
+        assert "cannot be told" in found.raw
+    assert ground_lesions("No lesion is found.", (), exhaustive=False, can_deny=False).raw.startswith("Whether")
+
+
 def test_wrong_side_or_count_is_corrected():
     wrong = REPORT.replace("left", "right")
     found = ground_lesions(wrong, (LEFT,), exhaustive=True)

