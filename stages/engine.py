@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from omnimri.model.omnimri import OmniMRI
 
+CLIP_NORM = 1.0
 VALIDATION_START = 1 << 40
 """Indices from here on are never trained on."""
 
@@ -79,7 +81,6 @@ class FitConfig:
     """Micro-batches a step. Over 1, each is run once more without gradient, first, to count what it holds."""
     warmup: int = 50
     weight_decay: float = 0.05
-    clip_norm: float = 1.0
     seed: int = 0
     workers: int = 0
     """Loader processes; the batches are the same for any number."""
@@ -201,12 +202,12 @@ def fit(
     last: dict[str, float] = {}
     for step in range(start, config.steps):
         tick = time.perf_counter()
-        torch.manual_seed(stable_hash(f"step {config.seed} {step} {rank}") % (1 << 31))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * config.rate(step)
         window = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(config.accumulate)]
         wrapped.train()
-        values = _step(accelerator, wrapped, optimizer, window, config)
+        seeds = [stable_hash(f"step {config.seed} {step} {rank} {i}") % (1 << 31) for i in range(len(window))]
+        values = _step(accelerator, wrapped, optimizer, window, seeds)
         objective.after_step(step)
         rate = config.batch_size * world * config.accumulate / (time.perf_counter() - tick)
         bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {"samples/s": f"{rate:.1f}"}, refresh=False)
@@ -234,18 +235,26 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _step(accelerator: Any, wrapped: Any, optimizer: Any, window: list[dict[str, Tensor]], config: FitConfig) -> dict[str, float]:
-    """One optimizer step over a window of micro-batches; each term is divided by its count over window and ranks."""
+def _step(
+    accelerator: Any, wrapped: Any, optimizer: Any, window: list[dict[str, Tensor]], seeds: list[int]
+) -> dict[str, float]:
+    """One optimizer step over a window of micro-batches; each term is divided by its count over window and ranks.
+
+    What an objective draws comes from the micro-batch's own seed, so that counting and training see the same draws.
+    """
     totals: dict[str, Tensor] = {}
     if len(window) > 1:
-        for batch in window:
+        for batch, seed in zip(window, seeds, strict=True):
+            torch.manual_seed(seed)
             with torch.no_grad(), accelerator.autocast():
                 for name, term in wrapped(batch).items():
                     totals[name] = totals.get(name, 0) + term.count.detach().double()
         totals = {k: accelerator.reduce(v) for k, v in totals.items()}
     sums: dict[str, float] = {}
     for i, batch in enumerate(window):
-        with accelerator.autocast() if i + 1 == len(window) else accelerator.no_sync(wrapped):
+        torch.manual_seed(seeds[i])
+        last = i + 1 == len(window)
+        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
             terms = wrapped(batch)
             if not totals:
                 totals = {k: accelerator.reduce(t.count.detach().double()) for k, t in terms.items()}
@@ -257,7 +266,7 @@ def _step(accelerator: Any, wrapped: Any, optimizer: Any, window: list[dict[str,
             sums[k] = sums.get(k, 0.0) + float(v.detach())
     if not all(math.isfinite(v) for v in sums.values()):
         raise FloatingPointError(f"the loss is not finite: {sums}; lower the learning rate, or look at the data")
-    accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+    accelerator.clip_grad_norm_(wrapped.parameters(), CLIP_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums

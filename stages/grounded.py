@@ -68,6 +68,7 @@ class GroundedDialogue(Objective):
         super().__init__()
         self.model, self.dense_share = model, dense_share
         self.register_buffer("standing", torch.zeros(LESION_CLASS, model.config.pixel_width + 1))
+        self.newest: Tensor | None = None
         self.naming = torch.nn.Linear(model.config.text_config.hidden_size, LESION_CLASS + 1)
 
     def drive(self, batch: dict[str, Tensor], phase: int, swap: float) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class GroundedDialogue(Objective):
         queries = head.queries(states["<segment>"].view(b, len(NAMES) + 1, -1))
         standing = torch.arange(1, LESION_CLASS + 1, device=queries.device).repeat(b)
         if self.training:
-            self.standing.copy_(queries.detach().float().mean(0))
+            self.newest = queries.detach().float().mean(0)
         feature = pixels.phase(phase)
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
         pooled = pool_evidence(
@@ -149,6 +150,12 @@ class GroundedDialogue(Objective):
         total, count = losses["segment"]
         losses["segment"] = (total + 0.0 * torch.stack([p.sum() for p in idle]).sum(), count)
         return {k: Term(total, count.float(), WEIGHTS[k]) for k, (total, count) in losses.items()}
+
+    def after_step(self, step: int) -> None:
+        """Keep the standing queries of a full step for the steps that train masks alone."""
+        if self.newest is not None:
+            self.standing.copy_(self.newest)
+            self.newest = None
 
     def metrics(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Structure Dice and lesion Dice pooled over the batch, with the standing queries and with the answers' own."""
