@@ -128,7 +128,7 @@ def draw_scan(
     field = 192.0 / size
     spacing = field * (uniform(g, 0.95, 1.2) if stripped else uniform(g, 1.1, 1.45))
     return Scan(
-        sequence=pick(g, SEQUENCES, (0.58, 0.1, 0.11, 0.03, 0.12, 0.06)),
+        sequence=pick(g, SEQUENCES, (0.5, 0.12, 0.13, 0.03, 0.16, 0.06)),
         plane=plane,
         positions_mm=(torch.arange(num_slices) - (num_slices - 1) / 2) * gap,
         spacing_mm=(gap, spacing, spacing),
@@ -248,7 +248,7 @@ def grow_lesions(g: torch.Generator, scan: Scan, codes: Tensor, points: Tensor) 
             continue
         seed = seeds[int(torch.randint(len(seeds), (), generator=g))]
         centre = points[s, 1, seed[0], seed[1]]
-        radius = math.exp(uniform(g, math.log(3.0), math.log(20.0)))
+        radius = math.exp(uniform(g, math.log(4.0), math.log(25.0)))
         axes = radius * (1 + 0.25 * torch.randn(3, generator=g).clamp(-1.5, 1.5))
         waves = torch.randn(4, 3, generator=g) * 1.2
         phases = torch.rand(4, generator=g) * 2 * math.pi

@@ -137,7 +137,8 @@ def provenance(args: Any, stage: Any, settings: dict[str, Any], before: Path | N
     earlier = []
     if before is not None and (before / "provenance.json").exists():
         last = json.loads((before / "provenance.json").read_text())
-        earlier = last.get("before", []) + ([{k: v for k, v in last.items() if k != "before"}] if last.get("stage") != args.stage else [])
+        resumed = args.out.resolve() in before.resolve().parents
+        earlier = last.get("before", []) + ([] if resumed else [{k: v for k, v in last.items() if k != "before"}])
     return {**told, "before": earlier}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator, uniform
@@ -18,11 +17,12 @@ from omnimri.anatomy import NAMES
 from omnimri.example import LESION_CLASS, Example, collate, prepare
 from omnimri.grounding import pool_evidence
 from omnimri.model.omnimri import OmniMRI
-from omnimri.tasks import TASKS, Detect, Reconstruct, Report, Segment
+from omnimri.tasks import Detect, Reconstruct, Report, Segment
+from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"naming": 0.2, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 0.5, "detect": 0.1,
+WEIGHTS = {"match": 0.5, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 1.0, "lesion_dice": 0.5, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 
@@ -54,22 +54,19 @@ class DialogueSource:
 class GroundedDialogue(Objective):
     """Next tokens, masks, boxes and reconstruction in one pass over a batch; every head is called every time.
 
-    `naming` is a training aid that is thrown away: from the state at a `<segment>` it tells which name stands before
-    it, so that queries differ by name long before masks could teach them to.
+    `match` draws the language model's queries to a learned table of queries: masks teach the table from the first
+    step, and names teach the language model which query is meant long before masks could.
     """
 
     def __init__(self, model: OmniMRI, *, dense_share: float = 0.0) -> None:
         """Take a model.
 
         Args:
-            dense_share: Share of the steps that train masks alone, against the standing queries of the last full step:
-                dense tasks need many images and no language model.
+            dense_share: Share of the steps that train masks alone, against the table: dense tasks need many images and
+                no language model.
         """
         super().__init__()
         self.model, self.dense_share = model, dense_share
-        self.register_buffer("standing", torch.zeros(LESION_CLASS, model.config.pixel_width + 1))
-        self.newest: Tensor | None = None
-        self.naming = torch.nn.Linear(model.config.text_config.hidden_size, LESION_CLASS + 1)
 
     def drive(self, batch: dict[str, Tensor], phase: int, swap: float) -> dict[str, Any]:
         """Run the model: predictions of every head.
@@ -89,8 +86,6 @@ class GroundedDialogue(Objective):
         head = model.heads["segment"]
         queries = head.queries(states["<segment>"].view(b, len(NAMES) + 1, -1))
         standing = torch.arange(1, LESION_CLASS + 1, device=queries.device).repeat(b)
-        if self.training:
-            self.newest = queries.detach().float().mean(0)
         feature = pixels.phase(phase)
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
         pooled = pool_evidence(
@@ -110,10 +105,11 @@ class GroundedDialogue(Objective):
         spoken = told.hidden_states[0][where[:, 0], where[:, 1]]
         named = torch.cat([standing, batch["segment_class"][where[:, 0], where[:, 1]]])
         return {
-            "naming": (self.naming(torch.cat([states["<segment>"], spoken])), named),
+            "match": (head.queries(torch.cat([states["<segment>"], spoken])), head.table.detach()[named - 1]),
             "text": told.logits,
             "sequence": asked.logits,
             "segment": head.logits(queries, feature),
+            "feature": feature,
             "detect": model.heads["detect"](states["<detect>"], pixels.coarse),
             "reconstruct": model.heads["reconstruct"](
                 states["<reconstruct>"], batch["kspace"], batch["kspace_mask"], batch["coils"]
@@ -123,13 +119,13 @@ class GroundedDialogue(Objective):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Loss terms of all tasks."""
         phase = int(torch.randint(4, ()))
-        if self.training and float(torch.rand(())) < self.dense_share and bool(self.standing.any()):
+        if self.training and float(torch.rand(())) < self.dense_share:
             return self.dense(batch, phase)
         out = self.drive(batch, phase, swap=0.5)
         segment, detect, reconstruct, report = Segment(), Detect(), Reconstruct(), Report()
+        said, meant = (x.float() for x in out["match"])
         losses = {
-            "naming": (F.cross_entropy(out["naming"][0].float(), out["naming"][1], reduction="sum"),
-                       torch.tensor(float(len(out["naming"][1])), device=out["text"].device)),
+            "match": ((said - meant).square().sum() / meant.square().mean(), torch.tensor(float(said.numel()), device=said.device)),
             **report.loss(out["text"], report.target(batch)),
             "sequence": report.loss(out["sequence"], batch["query_labels"])["text"],
             **segment.loss(out["segment"], segment.target(batch, phase)),
@@ -143,34 +139,28 @@ class GroundedDialogue(Objective):
         model = self.model
         patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
         pixels = model.pixels(batch["images"], patches, batch["positions_mm"])
-        queries = self.standing.expand(len(batch["images"]), -1, -1)
+        queries = model.heads["segment"].table.expand(len(batch["images"]), -1, -1)
         segment = Segment()
         losses = segment.loss(model.heads["segment"].logits(queries, pixels.phase(phase)), segment.target(batch, phase))
-        idle = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith(("model.vision", "model.heads.pixels"))]
+        used = ("model.vision", "model.heads.pixels", "model.heads.segment.table", "model.heads.segment.background")
+        idle = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith(used)]
         total, count = losses["segment"]
         losses["segment"] = (total + 0.0 * torch.stack([p.sum() for p in idle]).sum(), count)
         return {k: Term(total, count.float(), WEIGHTS[k]) for k, (total, count) in losses.items()}
 
-    def after_step(self, step: int) -> None:
-        """Keep the standing queries of a full step for the steps that train masks alone."""
-        if self.newest is not None:
-            self.standing.copy_(self.newest)
-            self.newest = None
-
     def metrics(self, batch: dict[str, Tensor]) -> dict[str, Term]:
-        """Structure Dice and lesion Dice pooled over the batch, with the standing queries and with the answers' own."""
-        found: dict[str, Term] = {}
-        for name, swap in (("structures", 0.0), ("answers", 1.0)):
-            out = self.drive(batch, 0, swap)
-            structures, lesion = out["segment"]
-            target = TASKS["segment"].target(batch)
-            said = structures.argmax(1)
-            dice = []
+        """Dice of structures pooled over the batch, with the table, the standing queries and the answers' own; of lesions."""
+        head, target = self.model.heads["segment"], Segment().target(batch)
+        standing, answers = (self.drive(batch, 0, swap) for swap in (0.0, 1.0))
+        table = head.logits(head.table.expand(len(batch["images"]), -1, -1), standing["feature"])
+        found = {}
+        for name, (structures, _) in {"table": table, "queries": standing["segment"], "answers": answers["segment"]}.items():
+            said, dice = structures.argmax(1), []
             for k in range(1, structures.shape[1]):
                 truth = target.labels == k
                 if int(truth.sum()) >= 25:
-                    dice.append(2 * (truth & (said == k)).sum() / (truth.sum() + ((said == k) & (target.labels != 255)).sum()))
+                    dice.append(2 * (truth & (said == k)).sum() / (truth.sum() + ((said == k) & (target.labels != UNKNOWN)).sum()))
             found[f"dice_{name}"] = Term(torch.stack(dice).sum(), torch.tensor(float(len(dice))))
-        truth, said = target.lesion == 1, (lesion > 0) & (target.lesion != 255)
+        truth, said = target.lesion == 1, (standing["segment"][1] > 0) & (target.lesion != UNKNOWN)
         found["dice_lesions"] = Term(2.0 * (truth & said).sum(), (truth.sum() + said.sum()).float())
         return found

@@ -16,8 +16,8 @@ LEARNING_RATE = {
     "heads.contrast.*": 0.0,
     "projector.*": 1e-3,
     "language.*": 1e-3,
-    "naming.*": 1e-3,
-    "heads.pixels.*": 2e-3,
+    "heads.pixels.*": 5e-3,
+    "heads.segment.table": 5e-3,
     "heads.*": 1e-3,
 }
 DEFAULTS = {"steps": 2000, "batch_size": 2, "warmup": 100}

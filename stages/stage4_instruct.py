@@ -15,7 +15,6 @@ LEARNING_RATE = {
     "language.model.embed_tokens.weight": 3e-4,
     "projector.*": 3e-4,
     "heads.contrast.*": 0.0,
-    "naming.*": 1e-3,
     "heads.*": 5e-4,
 }
 DEFAULTS = {"steps": 500, "batch_size": 2}

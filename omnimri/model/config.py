@@ -16,7 +16,7 @@ class OmniMRIConfig(PreTrainedConfig):
         shuffle: Patches merged along each side into one language token.
         max_slices: Most slices the language model sees.
         pixel_width: Channels of a pixel feature, and of a mask query.
-        stem_widths: Channels of the convolutional stem at strides 2, 4 and 8.
+        stem_widths: Channels of the pixel decoder at strides 2, 4, 8, 16 and 32.
         num_cascades: Unrolled data-consistency steps of the reconstruction.
         cascade_width: Channels of a cascade's regulariser.
         lora_rank: Rank of the LoRA adapters on the language model; 0 for none.
@@ -33,7 +33,7 @@ class OmniMRIConfig(PreTrainedConfig):
         shuffle: int = 3,
         max_slices: int = 8,
         pixel_width: int = 32,
-        stem_widths: tuple[int, int, int] = (32, 64, 96),
+        stem_widths: tuple[int, ...] = (32, 64, 96, 128, 128),
         num_cascades: int = 4,
         cascade_width: int = 24,
         lora_rank: int = 0,

@@ -1,17 +1,21 @@
 """The pixel decoder: a light convolutional stem, the ViT's patch features, and mixing along depth.
 
-Works at strides 2 to 8 and lifts with pixel-shuffle. Shapes: N = B * S slices, C channels.
+Works at strides 2 to 32 and lifts with pixel-shuffle. Shapes: N = B * S slices, C channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import OmniMRIConfig
+
+DEPTH_AT, PATCHES_AT = 2, 3
+"""Levels (strides 8 and 16) where slices of a study mix and where the ViT's features join."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ def _block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+class Residual(nn.Module):
+    """Two convolutions beside the identity, which they start as: half as many steps to the same Dice as a plain stack."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        norm = nn.GroupNorm(8, width)
+        nn.init.zeros_(norm.weight)
+        self.branch = nn.Sequential(_block(width, width), nn.Conv2d(width, width, 3, padding=1, bias=False), norm)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Same shape."""
+        return x_NCHW + self.branch(x_NCHW)
+
+
 class DepthMixing(nn.Module):
     """Blend each slice's features with its neighbours', weighted by their distance in mm."""
 
@@ -60,37 +78,44 @@ class DepthMixing(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Images and patch features -> pixel features."""
+    """Images and patch features -> pixel features: down to stride 32, up again with the ViT's features joining at 16."""
 
     def __init__(self, config: OmniMRIConfig) -> None:
         super().__init__()
-        c2, c4, c8 = config.stem_widths
-        d = config.vision_config.hidden_size
-        self.stem2 = nn.Sequential(_block(3, c2, 2), _block(c2, c2))
-        self.stem4 = nn.Sequential(_block(c2, c4, 2), _block(c4, c4))
-        self.stem8 = nn.Sequential(_block(c4, c8, 2), _block(c8, c8))
+        widths = config.stem_widths
+        if config.image_size % 2 ** len(widths):
+            raise ValueError(f"expected an image size that is a multiple of {2 ** len(widths)}, got {config.image_size}")
+        self.down = nn.ModuleList(
+            nn.Sequential(_block(a, b, 2), _block(b, b)) for a, b in zip([3, *widths], widths, strict=False)
+        )
+        self.lift = nn.ModuleList(nn.Conv2d(b, a * 4, 1) for a, b in pairwise(widths))
+        self.mix = nn.ModuleList(Residual(a) for a in widths[:-1])
         # LayerNorm, not GroupNorm: torch 2.13's channels-last GroupNorm backward crashes on inputs without gradient.
-        self.patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c8 * 4))
-        self.depth = DepthMixing(c8)
-        self.mix8 = nn.Sequential(_block(c8, c8), _block(c8, c8))
-        self.lift4 = nn.Conv2d(c8, c4 * 4, 1)
-        self.mix4 = nn.Sequential(_block(c4, c4), _block(c4, c4))
-        self.lift2 = nn.Conv2d(c4, c2 * 4, 1)
-        self.mix2 = _block(c2, c2)
-        self.fine = nn.Conv2d(c2, config.pixel_width * 4, 1)
+        size = config.vision_config.hidden_size
+        self.patches = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, widths[PATCHES_AT]))
+        self.depth = DepthMixing(widths[DEPTH_AT])
+        self.fine = nn.Conv2d(widths[0], config.pixel_width * 4, 1)
 
     def forward(self, images_NCHW: Tensor, patches_NPD: Tensor, positions_mm: Tensor) -> Pixels:
         """(N, 3, H, W), (N, P, D), (B, S) with N = B S -> Pixels."""
         n, p, _ = patches_NPD.shape
         side = round(p**0.5)
-        images_NCHW = images_NCHW.contiguous(memory_format=torch.channels_last)
-        x2 = self.stem2(images_NCHW)
-        x4 = self.stem4(x2)
-        x8 = self.stem8(x4)
-        lifted = F.pixel_shuffle(self.patches(patches_NPD).transpose(1, 2).reshape(n, -1, side, side), 2)
-        if lifted.shape[-2:] != x8.shape[-2:]:
-            lifted = F.interpolate(lifted, size=x8.shape[-2:], mode="bilinear", align_corners=False)
-        x8 = self.mix8(self.depth(x8 + lifted, positions_mm))
-        x4 = self.mix4(x4 + F.pixel_shuffle(self.lift4(x8), 2))
-        x2 = self.mix2(x2 + F.pixel_shuffle(self.lift2(x4), 2))
-        return Pixels(fine=self.fine(x2), coarse=x4)
+        x = images_NCHW.contiguous(memory_format=torch.channels_last)
+        levels = []
+        for down in self.down:
+            x = down(x)
+            levels.append(x)
+        coarse = x
+        for k in reversed(range(len(self.mix))):
+            x = levels[k] + F.pixel_shuffle(self.lift[k](x), 2)
+            if k == PATCHES_AT:
+                patches = self.patches(patches_NPD).transpose(1, 2).reshape(n, -1, side, side)
+                if patches.shape[-2:] != x.shape[-2:]:
+                    patches = F.interpolate(patches, size=x.shape[-2:], mode="bilinear", align_corners=False)
+                x = x + patches
+            if k == DEPTH_AT:
+                x = self.depth(x, positions_mm)
+            x = self.mix[k](x)
+            if k == 1:
+                coarse = x
+        return Pixels(fine=self.fine(x), coarse=coarse)

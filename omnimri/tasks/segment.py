@@ -29,6 +29,9 @@ class SegmentHead(nn.Module):
         width, pixel = config.text_config.hidden_size, config.pixel_width
         self.norm = nn.LayerNorm(width)
         self.query = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, pixel + 1))
+        self.table = nn.Parameter(0.3 * torch.randn(len(NAMES) + 1, pixel + 1))
+        """A learned query for every structure and for lesion: masks are learnt against it as well, the language model's
+        queries learn to meet it, and they are measured against it. No answer ever uses it."""
         self.background = nn.Parameter(torch.zeros(pixel + 1))
         with torch.no_grad():
             self.background[-1] = 2.0
@@ -49,7 +52,7 @@ class SegmentHead(nn.Module):
         every = torch.cat([background, queries_BKC], 1)
         x = torch.einsum("bkc,bscp->bskp", every[..., :c], pixels_NCHW.reshape(b, n // b, c, h * w))
         x = (x + every[:, None, :, c:]).reshape(n, every.shape[1], h, w)
-        lesion = x[:, -1] - 4.0
+        lesion = x[:, -1] - 2.0
         return x[:, :-1], lesion
 
 
@@ -61,6 +64,16 @@ class SegmentTarget:
     """(N, h, w) long, UNKNOWN where unlabelled."""
     lesion: Tensor
     """(N, h, w) long: 0, 1 or UNKNOWN."""
+
+
+def root_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """(N, h, w) labels -> weight of each pixel: one over the root of its class's size in its slice; 0 where UNKNOWN."""
+    n = len(labels)
+    flat = labels.flatten(1).clamp(max=num_classes)
+    counts = torch.zeros(n, num_classes + 1, device=labels.device).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+    weights = counts.clamp(min=9).rsqrt()
+    weights[:, num_classes] = 0
+    return weights.gather(1, flat).view(labels.shape)
 
 
 class Segment:
@@ -80,27 +93,31 @@ class Segment:
         return SegmentTarget(labels, torch.where(lesions == UNKNOWN, lesions, (lesions > 0).long()))
 
     def loss(self, predicted: tuple[Tensor, Tensor], target: SegmentTarget) -> dict[str, tuple[Tensor, Tensor]]:
-        """Cross-entropy and soft Dice over structures; both over the lesion mask."""
+        """Cross-entropy and soft Dice over structures; both over the lesion mask.
+
+        Cross-entropies weigh every class of a slice by the root of its size: unweighted, small structures are given up
+        early and soft Dice, whose gradient fades with the probability, does not bring them back.
+        """
         structures, lesion = (p.float() for p in predicted)
-        known = target.labels != UNKNOWN
-        ce = F.cross_entropy(structures, target.labels, ignore_index=UNKNOWN, reduction="sum")
         k = structures.shape[1]
+        known, weight = target.labels != UNKNOWN, root_weights(target.labels, k)
+        ce = F.cross_entropy(structures, target.labels, ignore_index=UNKNOWN, reduction="none") * weight
         probability = structures.softmax(1).transpose(0, 1).reshape(k, -1) * known.reshape(1, -1)
         truth = F.one_hot(target.labels.masked_fill(~known, 0), k).to(probability.dtype).reshape(-1, k).T
         truth = truth * known.reshape(1, -1)
         present = (truth.sum(1) > 0).float()
         present[0] = 0
         overlap = 2 * (probability * truth).sum(1) / (probability.sum(1) + truth.sum(1) + 1)
-        seen = target.lesion != UNKNOWN
+        seen, lesion_weight = target.lesion != UNKNOWN, root_weights(target.lesion, 2)
         lesion_truth = (target.lesion == 1).float()
-        bce = F.binary_cross_entropy_with_logits(lesion, lesion_truth, weight=seen.float(), reduction="sum")
+        bce = F.binary_cross_entropy_with_logits(lesion, lesion_truth, reduction="none") * lesion_weight
         p = lesion.sigmoid() * seen
         any_lesion = (lesion_truth.sum() > 0).float()
         lesion_dice = 1 - (2 * (p * lesion_truth).sum() + 1) / (p.sum() + lesion_truth.sum() + 1)
         return {
-            "segment": (ce, known.sum()),
+            "segment": (ce.sum(), weight.sum()),
             "dice": (((1 - overlap) * present).sum(), present.sum()),
-            "lesion": (bce, seen.sum()),
+            "lesion": (bce.sum(), lesion_weight.sum()),
             "lesion_dice": (lesion_dice * any_lesion, any_lesion),
         }
 
