@@ -262,10 +262,10 @@ TURNS = (segment_turns, detect_turns, report_turns, reconstruct_turns, question_
 
 
 def describe(record: Record, g: torch.Generator) -> Record:
-    """Add caption, facts and conversations: the first is the report, the second a drawn chat of one or two exchanges."""
+    """Add caption, facts and conversations: the first is the report, the second a drawn chat of one to four exchanges."""
     f = facts_of(record)
     chat: list[Message] = []
-    for _ in range(pick(g, (1, 2), (0.6, 0.4))):
+    for _ in range(pick(g, (1, 2, 3, 4))):
         chat += pick(g, TURNS, (0.27, 0.2, 0.12, 0.08, 0.33))(g, f)
     return replace(
         record,

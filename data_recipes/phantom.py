@@ -16,17 +16,17 @@ from .scanner import CODE_OF_EXTRA, draw_scan, scan_record
 
 # name, centre (right, anterior, superior) and radii in mm; sided parts are given for the right side.
 _PARTS: tuple[tuple[str, tuple[float, float, float], tuple[float, float, float]], ...] = (
-    ("CSF", (0, 0, 0), (68, 84, 62)),
-    ("cerebral cortex", (1, 0, 4), (65, 80, 56)),
-    ("cerebral white matter", (2, 0, 4), (52, 66, 44)),
-    ("lateral ventricle", (13, -2, 12), (9, 30, 12)),
-    ("thalamus", (12, -14, -4), (9, 15, 9)),
-    ("caudate", (16, 26, 6), (8, 14, 12)),
-    ("putamen", (30, 10, -2), (8, 20, 14)),
-    ("hippocampus", (32, -20, -20), (9, 22, 9)),
-    ("cerebellum cortex", (22, -52, -42), (26, 24, 18)),
-    ("brain-stem", (0, -22, -42), (13, 13, 26)),
-    ("4th ventricle", (0, -36, -40), (7, 7, 8)),
+    ("CSF", (0, 0, 0), (72, 88, 66)),
+    ("cerebral cortex", (1, 0, 3), (64, 79, 57)),
+    ("cerebral white matter", (2, 0, 4), (49, 63, 43)),
+    ("lateral ventricle", (14, -2, 13), (10, 30, 13)),
+    ("thalamus", (15, -14, -7), (12, 16, 11)),
+    ("caudate", (16, 27, 5), (10, 15, 12)),
+    ("putamen", (35, 8, -3), (9, 20, 15)),
+    ("hippocampus", (33, -22, -22), (10, 22, 9)),
+    ("cerebellum cortex", (24, -54, -42), (26, 26, 20)),
+    ("brain-stem", (0, -20, -44), (14, 14, 28)),
+    ("4th ventricle", (0, -37, -40), (9, 8, 10)),
 )
 _SIDED = {"cerebral cortex", "cerebral white matter", "lateral ventricle", "thalamus", "caudate", "putamen",
           "hippocampus", "cerebellum cortex"}
@@ -55,7 +55,7 @@ class Phantom(Recipe):
             g,
             num_slices=self.num_slices,
             size=self.image_size,
-            brain_box=(torch.tensor([-66.0, -82, -60]), torch.tensor([66.0, 82, 60])),
+            brain_box=(torch.tensor([-62.0, -76, -54]), torch.tensor([62.0, 76, 56])),
             head_centre=torch.tensor([0.0, 4, 0]),
             mirror=self.mirror,
             variation=0.3,
@@ -76,10 +76,10 @@ def head_codes(points: Tensor, jitter: Tensor) -> Tensor:
         return ((x - centre[0]) / a) ** 2 + ((y - centre[1]) / b) ** 2 + ((z - centre[2]) / c) ** 2 < 1
 
     codes = torch.zeros(points.shape[:-1], dtype=torch.uint8, device=points.device)
-    codes[inside((0, 4, 0), torch.tensor([79.0, 95, 74]))] = CODE_OF_EXTRA["skin"]
-    codes[inside((0, 4, 0), torch.tensor([76.0, 92, 71]))] = CODE_OF_EXTRA["bone"]
-    codes[inside((34, 88, -14), torch.tensor([12.0, 12, 12]))] = CODE_OF_EXTRA["eye"]
-    codes[inside((-34, 88, -14), torch.tensor([9.0, 9, 9]))] = CODE_OF_EXTRA["eye"]
+    codes[inside((0, 4, 0), torch.tensor([84.0, 100, 79]))] = CODE_OF_EXTRA["skin"]
+    codes[inside((0, 4, 0), torch.tensor([80.0, 96, 75]))] = CODE_OF_EXTRA["bone"]
+    codes[inside((34, 93, -14), torch.tensor([12.0, 12, 12]))] = CODE_OF_EXTRA["eye"]
+    codes[inside((-34, 93, -14), torch.tensor([9.0, 9, 9]))] = CODE_OF_EXTRA["eye"]
     for (name, centre, radii), scale in zip(_PARTS, jitter, strict=True):
         size = torch.tensor(radii) * scale
         if name in _SIDED:

@@ -115,11 +115,11 @@ def draw_scan(
     axis = NORMAL[plane]
     extent, middle = float(high[axis] - low[axis]), (low + high) / 2
     stripped = uniform(g, 0, 1) < 0.45
-    if uniform(g, 0, 1) < 0.6:
+    if uniform(g, 0, 1) < 0.75:
         gap = extent * uniform(g, 0.9, 1.05) / num_slices
     else:
         gap = math.exp(uniform(g, 0.0, math.log(7)))
-        middle[axis] += (extent / 2 - gap * num_slices / 2) * uniform(g, -0.95, 0.95)
+        middle[axis] += (extent / 2 - gap * num_slices / 2) * uniform(g, -0.85, 0.85)
     centre = middle.clone()
     for a in range(3):
         if a != axis:
@@ -317,7 +317,7 @@ def lesion_mask(codes: Tensor, sequence: str) -> Tensor:
     return (codes >= LEFT_WMH) & ((codes != OEDEMA) | (sequence != "T1w-Gd"))
 
 
-def simulate_kspace(g: torch.Generator, image: Tensor, *, size: int = 96, num_coils: int = 6) -> dict[str, Tensor]:
+def simulate_kspace(g: torch.Generator, image: Tensor, *, size: int, num_coils: int = 6) -> dict[str, Tensor]:
     """Undersampled multi-coil k-space of one slice (H, W), with smooth object phase and complex noise."""
     small = F.interpolate(image[None, None].cpu(), size=(size, size), mode="area")[0, 0].clamp(min=0)
     small = small / small.max().clamp(min=1e-6)
@@ -374,7 +374,7 @@ def scan_record(
         lesion_places=places,
     )
     if with_kspace:
-        record = replace(record, kspace=simulate_kspace(g, images[len(images) // 2, 1], num_coils=6))
+        record = replace(record, kspace=simulate_kspace(g, images[len(images) // 2, 1], size=min(96, size)))
     return record
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from . import STAGES
 
-DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int}
+DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
+             "mask_share": float, "word_share": float}
 
 
 def build_recipe(name: str, data: str | None, model_size: int, settings: dict[str, Any], *, kspace: bool, numbers: Any) -> Any:
@@ -105,7 +106,10 @@ def main(argv: list[str] | None = None) -> int:
         values = {**stage.DEFAULTS, **{k: v for k, v in settings.items() if k in types}}
         fit_config = FitConfig(learning_rate=stage.LEARNING_RATE, **values)
         training, validation = source(TRAINING_MAPS), source(CHOOSING_MAPS) if name == "synthetic" else None
-        objective = stage.build(model, fit_config.steps)
+        extra = {k: settings[k] for k in ("mask_share", "word_share") if k in settings}
+        if extra and not stage.NEEDS_KSPACE:
+            raise ValueError(f"stage {args.stage} has no {' or '.join(extra)}; only pretrain and instruct have")
+        objective = stage.build(model, fit_config.steps, **extra)
         fit(
             objective,
             training,

@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from omnimri.checkpoint import load_weights, newest_good, publish, save_model
 from omnimri.example import stable_hash
 
+from .updates import Sharded, Updates, Whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from omnimri.model.omnimri import OmniMRI
 
-CLIP_NORM = 1.0
 VALIDATION_START = 1 << 40
 """Indices from here on are never trained on."""
 
@@ -82,6 +82,10 @@ class FitConfig:
     warmup: int = 50
     weight_decay: float = 0.05
     seed: int = 0
+    optimizer: str = "adamw"
+    """adamw, or adamw8bit (bitsandbytes)."""
+    zero_stage: int = 0
+    """1 or 2: DeepSpeed shards optimizer state, and gradients, over the processes of torchrun."""
     workers: int = 0
     """Loader processes; the batches are the same for any number."""
     precision: str = "bf16"
@@ -171,7 +175,11 @@ def fit(
     from tqdm import tqdm
 
     accelerator = Accelerator(
-        mixed_precision=config.precision, cpu=config.cpu, log_with="tensorboard", project_dir=str(out)
+        mixed_precision=config.precision,
+        # Without it processes on CPUs would not know of each other.
+        cpu=config.cpu or not torch.accelerator.is_available(),
+        log_with="tensorboard",
+        project_dir=str(out),
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     resumed = newest_good(out)
@@ -183,12 +191,13 @@ def fit(
         if hasattr(objective, "after_init"):
             objective.after_init()
     groups = parameter_groups(objective, config)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95 if config.steps < 5000 else 0.99))
     start = 0
     if resumed is not None:
-        start = _restore(resumed, objective, optimizer)
+        start = _restore(resumed, objective)
         accelerator.print(f"resumed at step {start}")
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    updates: Updates = (Sharded if config.zero_stage else Whole)(accelerator, objective, groups, config)
+    if resumed is not None:
+        updates.load(load_file(resumed / _optimizer_file(updates, rank)))
     accelerator.init_trackers("log")
     loader = torch.utils.data.DataLoader(
         _Indices(source, config, start, rank, world),
@@ -202,12 +211,12 @@ def fit(
     last: dict[str, float] = {}
     for step in range(start, config.steps):
         tick = time.perf_counter()
-        for group in optimizer.param_groups:
+        for group in updates.groups:
             group["lr"] = group["peak"] * config.rate(step)
         window = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(config.accumulate)]
-        wrapped.train()
-        seeds = [stable_hash(f"step {config.seed} {step} {rank} {i}") % (1 << 31) for i in range(len(window))]
-        values = _step(accelerator, wrapped, optimizer, window, seeds)
+        objective.train()
+        seeds = [stable_hash(f"step {config.seed} {step} {i}") % (1 << 31) for i in range(len(window))]
+        values = _step(accelerator, updates, window, seeds)
         objective.after_step(step)
         rate = config.batch_size * world * config.accumulate / (time.perf_counter() - tick)
         bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {"samples/s": f"{rate:.1f}"}, refresh=False)
@@ -216,12 +225,12 @@ def fit(
             accelerator.log({f"train/{k}": v for k, v in values.items()} | {"samples_per_s": rate}, step=step)
         done = step + 1 == config.steps
         if (step + 1) % config.validate_every == 0 or done:
-            last = validate(accelerator, wrapped, objective, validation or source, config)
+            last = validate(accelerator, objective, validation or source, config)
             accelerator.log({f"validation/{k}": v for k, v in last.items()}, step=step)
             told = " ".join(f"{k} {v:.4f}" for k, v in last.items())
             accelerator.print(f"\nstep {step + 1} train {_told(values)} | validation {told}", flush=True)
-        if ((step + 1) % config.save_every == 0 or done) and accelerator.is_main_process:
-            _save(out, step + 1, objective, optimizer, tokenizer, config, provenance or {})
+        if (step + 1) % config.save_every == 0 or done:
+            _save(accelerator, out, step + 1, objective, updates, tokenizer, config, provenance or {})
     bar.close()
     accelerator.end_training()
     return last
@@ -236,46 +245,45 @@ def _one_thread(_: int) -> None:
 
 
 def _step(
-    accelerator: Any, wrapped: Any, optimizer: Any, window: list[dict[str, Tensor]], seeds: list[int]
+    accelerator: Any, updates: Updates, window: list[dict[str, Tensor]], seeds: list[int]
 ) -> dict[str, float]:
     """One optimizer step over a window of micro-batches; each term is divided by its count over window and ranks.
 
-    What an objective draws comes from the micro-batch's own seed, so that counting and training see the same draws.
+    What an objective draws comes from the micro-batch's own seed, so that counting and training, and all ranks, see the
+    same draws.
     """
     totals: dict[str, Tensor] = {}
     if len(window) > 1:
         for batch, seed in zip(window, seeds, strict=True):
             torch.manual_seed(seed)
             with torch.no_grad(), accelerator.autocast():
-                for name, term in wrapped(batch).items():
+                for name, term in updates.module(batch).items():
                     totals[name] = totals.get(name, 0) + term.count.detach().double()
         totals = {k: accelerator.reduce(v) for k, v in totals.items()}
     sums: dict[str, float] = {}
     for i, batch in enumerate(window):
         torch.manual_seed(seeds[i])
         last = i + 1 == len(window)
-        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
-            terms = wrapped(batch)
+        with accelerator.autocast(), updates.window(last):
+            terms = updates.module(batch)
             if not totals:
                 totals = {k: accelerator.reduce(t.count.detach().double()) for k, t in terms.items()}
             parts = {k: t.sum / totals[k].clamp(min=1e-9).to(t.sum.dtype) for k, t in terms.items()}
-            # Ranks' gradients are averaged by DDP; the totals are sums over ranks already.
+            # Ranks' gradients are averaged; the totals are sums over ranks already.
             loss = torch.stack([parts[k].float() * t.weight for k, t in terms.items()]).sum() * accelerator.num_processes
-            accelerator.backward(loss)
+            updates.backward(loss, last)
         for k, v in parts.items():
             sums[k] = sums.get(k, 0.0) + float(v.detach())
     if not all(math.isfinite(v) for v in sums.values()):
         raise FloatingPointError(f"the loss is not finite: {sums}; lower the learning rate, or look at the data")
-    accelerator.clip_grad_norm_(wrapped.parameters(), CLIP_NORM)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    updates.step()
     return sums
 
 
 @torch.no_grad()
-def validate(accelerator: Any, wrapped: Any, objective: Objective, source: Source, config: FitConfig) -> dict[str, float]:
+def validate(accelerator: Any, objective: Objective, source: Source, config: FitConfig) -> dict[str, float]:
     """Loss terms and metrics over fixed examples that training never sees."""
-    wrapped.eval()
+    objective.eval()
     sums: dict[str, list[float]] = {}
     for k in range(config.validate_batches):
         batch = batch_at(source, config, VALIDATION_START + k, accelerator.process_index, accelerator.num_processes)
@@ -289,40 +297,44 @@ def validate(accelerator: Any, wrapped: Any, objective: Objective, source: Sourc
     return {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
 
 
+def _optimizer_file(updates: Updates, rank: int) -> str:
+    return f"optimizer-{rank}.safetensors" if updates.sharded else "optimizer.safetensors"
+
+
 def _save(
+    accelerator: Any,
     out: Path,
     step: int,
     objective: Objective,
-    optimizer: Any,
+    updates: Updates,
     tokenizer: PreTrainedTokenizerBase,
     config: FitConfig,
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint beside and move it into place; drop all but the newest `keep`."""
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".step-{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if updates.sharded or accelerator.is_main_process:
+        save_file(updates.state(), partial / _optimizer_file(updates, accelerator.process_index))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     told = {**provenance, "steps": step, "seed": config.seed}
     save_model(objective.model, tokenizer, partial, provenance=told)
     rest = {k: v.contiguous().clone() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     save_file(rest or {"none": torch.zeros(1)}, partial / "objective.safetensors")
-    names = {id(p): n for n, p in objective.named_parameters()}
-    state = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            for key, value in optimizer.state.get(p, {}).items():
-                state[f"{names[id(p)]}|{key}"] = value.detach().clone().contiguous()
-    save_file(state, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step}))
     publish(partial, folder / f"step-{step:06d}")
     for old in sorted(folder.glob("step-*"))[: -config.keep]:
         shutil.rmtree(old)
 
 
-def _restore(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
-    """Bring weights, the objective's own state and the optimizer back; the step to go on from."""
+def _restore(folder: Path, objective: Objective) -> int:
+    """Bring weights and the objective's own state back; the step to go on from."""
     load_weights(objective.model, folder)
     rest = load_file(folder / "objective.safetensors")
     rest.pop("none", None)
@@ -330,12 +342,4 @@ def _restore(folder: Path, objective: Objective, optimizer: torch.optim.Optimize
     if own != set(rest):
         raise ValueError(f"checkpoint {folder} is of another objective: it differs in {sorted(own ^ set(rest))[:4]}")
     objective.load_state_dict(rest, strict=False)
-    names = {id(p): n for n, p in objective.named_parameters()}
-    state = load_file(folder / "optimizer.safetensors")
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            prefix = f"{names[id(p)]}|"
-            kept = {k: state[f"{prefix}{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{prefix}{k}" in state}
-            if kept:
-                optimizer.state[p] = kept
     return int(json.loads((folder / "state.json").read_text())["step"])

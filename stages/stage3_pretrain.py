@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from data_recipes.mixture import Mixture
 from omnimri.model.omnimri import OmniMRI
 
 from .engine import Objective
@@ -15,22 +12,19 @@ LEARNING_RATE = {
     "vision.*": 5e-4,
     "heads.contrast.*": 0.0,
     "projector.*": 1e-3,
-    "language.*": 1e-3,
+    "language.*": 3e-3,
     "heads.pixels.*": 5e-3,
     "heads.segment.table": 5e-3,
+    "heads.segment.query.*": 3e-3,
     "heads.*": 1e-3,
 }
 DEFAULTS = {"steps": 2000, "batch_size": 2, "warmup": 100}
 NEEDS_KSPACE = True
 
 
-class Source(DialogueSource):
-    """Mostly captions, some chats so that every wording has been heard."""
-
-    def __init__(self, mixture: Mixture, tokenizer: Any, model: OmniMRI) -> None:
-        super().__init__(mixture, tokenizer, model, report_share=0.5)
+Source = DialogueSource
 
 
-def build(model: OmniMRI, steps: int) -> Objective:
+def build(model: OmniMRI, steps: int, *, mask_share: float = 0.45, word_share: float = 0.3) -> Objective:
     """The objective of this stage."""
-    return GroundedDialogue(model, dense_share=0.67)
+    return GroundedDialogue(model, mask_share=mask_share, word_share=word_share)

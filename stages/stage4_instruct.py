@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from data_recipes.mixture import Mixture
 from omnimri.model.omnimri import OmniMRI
 
 from .engine import Objective
@@ -22,14 +19,10 @@ NEEDS_KSPACE = True
 LORA_RANK = 16
 
 
-class Source(DialogueSource):
-    """Mostly chats."""
-
-    def __init__(self, mixture: Mixture, tokenizer: Any, model: OmniMRI) -> None:
-        super().__init__(mixture, tokenizer, model, report_share=0.2)
+Source = DialogueSource
 
 
-def build(model: OmniMRI, steps: int) -> Objective:
+def build(model: OmniMRI, steps: int, *, mask_share: float = 0.15, word_share: float = 0.5) -> Objective:
     """The objective of this stage; adapters are added to the language model."""
     model.add_lora(LORA_RANK)
-    return GroundedDialogue(model, dense_share=0.3)
+    return GroundedDialogue(model, mask_share=mask_share, word_share=word_share)

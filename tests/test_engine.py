@@ -66,6 +66,49 @@ def test_resume_is_bit_identical(stage, workers, config, tokenizer, tmp_path, ca
     assert any(not torch.equal(v, after[k]) for k, v in before.items())
 
 
+def test_8_bit_optimizer_resumes_bit_identically(config, tokenizer, tmp_path):
+    run("align", config, tokenizer, tmp_path / "whole", workers=0, optimizer="adamw8bit")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    run("align", config, tokenizer, tmp_path / "cut", workers=0, optimizer="adamw8bit")
+    run("align", config, tokenizer, tmp_path / "plain", workers=0)
+    found = {k: tmp_path / k / "checkpoints" / "step-000004" for k in ("whole", "cut", "plain")}
+    for name in ("model", "optimizer"):
+        a, b = (load_file(found[k] / f"{name}.safetensors") for k in ("whole", "cut"))
+        assert set(a) == set(b)
+        assert all(torch.equal(v, b[k]) for k, v in a.items()), name
+    sizes = {k: (found[k] / "optimizer.safetensors").stat().st_size for k in ("whole", "plain")}
+    assert sizes["whole"] < 0.5 * sizes["plain"]
+
+
+def test_deepspeed_shards_resumes_and_agrees_with_ddp(tmp_path):
+    """Two processes: ZeRO-2 resumes bit-identically, each process keeps half of the state, and the weights are those of DDP."""
+
+    def train(out, *settings):
+        shared = ("image_size=64", "num_slices=2", "vocab_size=600", "batch_size=2", "steps=3", "save_every=2", "keep=3", "warmup=1",
+                  "precision=no", "validate_every=100", "validate_batches=1")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "stages", "vision", "--out",
+                   str(out), *(x for s in (*shared, *settings) for x in ("--set", s))]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout, out / "checkpoints" / "step-000003"
+
+    _, whole = train(tmp_path / "whole", "zero_stage=2")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000003")
+    told, cut = train(tmp_path / "cut", "zero_stage=2")
+    assert "resumed at step 2" in told
+    for name in ("model", "optimizer-0", "optimizer-1"):
+        a, b = (load_file(k / f"{name}.safetensors") for k in (whole, cut))
+        assert all(torch.equal(v, b[k]) for k, v in a.items()), name
+    _, plain = train(tmp_path / "plain")
+    a, b = (load_file(k / "model.safetensors") for k in (whole, plain))
+    assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
+    half = [sum(v.numel() for k, v in load_file(whole / f"optimizer-{r}.safetensors").items() if k.endswith("exp_avg")) for r in (0, 1)]
+    full = sum(v.numel() for k, v in load_file(plain / "optimizer.safetensors").items() if k.endswith("exp_avg"))
+    assert max(half) < 0.6 * full
+
+
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
 def test_a_damaged_newest_checkpoint_is_passed_over(harm, config, tokenizer, tmp_path, capfd):
     run("align", config, tokenizer, tmp_path, workers=0)
@@ -85,7 +128,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, config, tokenizer, tmp
 
 
 def test_a_kill_loses_at_most_save_every_steps(tmp_path):
-    command = [sys.executable, "-m", "stages", "vision", "--out", str(tmp_path / "run"), "--set", "image_size=48", "--set", "batch_size=1",
+    command = [sys.executable, "-m", "stages", "vision", "--out", str(tmp_path / "run"), "--set", "image_size=64", "--set", "batch_size=1",
                "--set", "num_slices=2", "--set", "save_every=4", "--set", "steps=4000", "--set", "validate_every=100000"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from data_recipes import Phantom
+from omnimri.anatomy import NAMES
 from omnimri.checkpoint import load_model
-from omnimri.example import normalise, prepare
+from omnimri.conversation import Message
+from omnimri.example import LESION_CLASS, collate, normalise, prepare
+from omnimri.grounding import pool_evidence
+from omnimri.tasks import TASKS
 from stages.__main__ import main
+from stages.grounded import DialogueSource, GroundedDialogue
 from stages.stage2_align import image_vector, text_vector
 
 SEEDS = range(int(os.environ.get("OMNIMRI_SEEDS", "1")))
@@ -43,8 +50,6 @@ def held_out():
 
 
 def batch_of(model, tokenizer, records):
-    from omnimri.example import collate
-
     sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
     return collate([prepare(r, (), tokenizer, **sizes) for r in records], pad_id=tokenizer.pad_token_id)
 
@@ -69,6 +74,93 @@ def probe_accuracy(folder, records):
     said, truth = (z @ weights).argmax(1), torch.cat(targets[half:]).argmax(1)
     scores = [2 * ((said == k) & (truth == k)).sum() / ((said == k).sum() + (truth == k).sum()) for k in truth.unique().tolist() if k]
     return float(torch.stack(scores).mean())
+
+
+@torch.inference_mode()
+def dice_of_queries(folder, records):
+    """Mean Dice of the structures pooled over held-out studies, by (the table, the language model's queries)."""
+    model, tokenizer, _ = load_model(folder)
+    source = DialogueSource(None, tokenizer, model)
+    source.record = records.__getitem__
+    batch = source.collate([source.example(i) for i in range(len(records))])
+    found = GroundedDialogue(model).eval().metrics(batch)
+    return tuple(float(found[k].sum / found[k].count) for k in ("dice_table", "dice_queries"))
+
+
+class UntilTask(StoppingCriteria):
+    """Stop at the first task token."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.isin(input_ids[:, -1], self.tokens)
+
+
+@torch.inference_mode()
+def reply(model, tokenizer, record, ask, *, only_task=False):
+    """The greedy answer to a request, with the evidence of the true masks; to its first task token when `only_task`."""
+    sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
+    example = prepare(record, [Message("user", ask)], tokenizer, answer_prefix="", show_sequence=False, **sizes)
+    batch = collate([example], pad_id=tokenizer.pad_token_id)
+    patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
+    pixels = model.pixels(batch["images"], patches, batch["positions_mm"]).phase(0)
+    cut = (..., slice(None, None, 2), slice(None, None, 2))
+    pooled = pool_evidence(pixels, batch["labels"][cut], batch["lesions"][cut], batch["positions_mm"])
+    rows = batch["evidence_places"]
+    tasks = torch.tensor([model.token_ids[t.token] for t in TASKS.values()])
+    ids = batch["input_ids"]
+    out = model.generate(
+        input_ids=ids,
+        visual=model.look(patches, batch["chosen"]),
+        evidence=model.evidence(pooled[:, rows[0]], rows.clamp(max=LESION_CLASS)),
+        max_new_tokens=48,
+        do_sample=False,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[UntilTask(tasks)] if only_task else None,
+    )
+    return tokenizer.decode(out[0, ids.shape[1]:])
+
+
+REQUESTS = {
+    "<segment>": ("Segment everything.", "Outline every structure.", "Segment the {}.", "Outline the {}.", "Where is the {}?",
+                  "What is the volume of the {}?"),
+    "<detect>": ("Find lesions.", "Are there any lesions?", "Do you see an abnormality?", "Is this brain normal?",
+                 "Mark all lesions.", "Any pathology?"),
+    "<report>": ("Write a report.", "Report this study.", "Summarise the findings.", "What do you see?", "Describe this study.",
+                 "Report please."),
+    "<reconstruct>": ("Reconstruct this.", "Reconstruct the image.", "Make an image from the k-space.", "Run the reconstruction please.",
+                      "Reconstruct the undersampled data.", "Turn the raw data into an image."),
+}
+
+
+def task_accuracy(folder, records):
+    """Share of requests whose answer's first task token is the one asked for."""
+    model, tokenizer, _ = load_model(folder)
+    right, wrong = 0, []
+    for k, (token, asks) in enumerate(REQUESTS.items()):
+        for j, ask in enumerate(asks):
+            for record in records[6 * k + j :: 24]:
+                names = [n for i, n in enumerate(NAMES, 1) if int((record.labels == i).sum()) >= 40]
+                answer = reply(model, tokenizer, record, ask.format(names[j % len(names)]), only_task=True)
+                if answer.endswith(token):
+                    right += 1
+                else:
+                    wrong.append((ask, answer))
+    return right / (right + len(wrong)), wrong
+
+
+def share_changed_by_blanking(folder, records):
+    """Share of answers that differ when noise stands for the image, and every mask is empty."""
+    model, tokenizer, _ = load_model(folder)
+    asks = ("What sequence is this?", "Find lesions.", "Describe the signal.", "Which anatomy is shown?")
+    changed = []
+    for record, ask in zip(records, asks * len(records), strict=False):
+        blank = replace(record, images=torch.rand(record.images.shape), labels=torch.zeros_like(record.labels),
+                        lesions=torch.zeros_like(record.lesions), lesion_places=())
+        changed.append(reply(model, tokenizer, record, ask) != reply(model, tokenizer, blank, ask))
+    return sum(changed) / len(changed)
 
 
 def test_stage_1_raises_the_linear_probe(runs, held_out):

@@ -47,8 +47,8 @@ class ContrastHead(nn.Module):
         width = config.text_config.hidden_size
         self.image = nn.Linear(width, width)
         self.text = nn.Linear(width, width)
-        self.log_scale = nn.Parameter(torch.tensor(2.3))
-        self.bias = nn.Parameter(torch.tensor(-5.0))
+        self.log_scale = nn.Parameter(torch.tensor([2.3]))
+        self.bias = nn.Parameter(torch.tensor([-5.0]))
 
 
 class OmniMRI(PreTrainedModel, GenerationMixin):
