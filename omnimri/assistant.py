@@ -246,9 +246,7 @@ class Assistant:
             return seen.labels, ()
         ids = torch.tensor([full])
         hidden = self.model(input_ids=ids, visual=seen.visual, evidence=seen.evidence, logits_to_keep=1).hidden_states[0]
-        queries = seen.queries.clone()
-        for i, k in own:
-            queries[0, k - 1] = self.model.heads["segment"].queries(hidden[0, i])
+        queries = {k: self.model.heads["segment"].queries(hidden[0, i]) for i, k in own}
         return answer_labels(self.model, seen, queries), names
 
     def _answer(

@@ -6,7 +6,7 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from .volume import Volume
 
 CHUNK = 8
 """Slices decoded at a time."""
+MORE_SPACING_MM = 2.0
+"""Distance of slices in the planes that a volume of near-cubic voxels is looked at besides its own."""
+LEAST_EXTENT_MM = 64.0
+"""A slab thinner than this is looked at in its own plane only."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,25 @@ class Lesion:
 
 
 @dataclass(frozen=True)
+class View:
+    """The volume on one lattice, with the standing queries that the language model gave for it."""
+
+    grid: Grid
+    fine: Tensor
+    """(S, 4 C, H/2, W/2) half precision pixel features."""
+    queries: Tensor
+    """(1, K, C + 1) standing queries."""
+
+
+@dataclass(frozen=True)
 class Examination:
     """What was seen in one volume, before any words."""
 
     volume: Volume
-    grid: Grid
+    views: tuple[View, ...]
+    """The acquisition plane first; the other two planes too where the voxels are nearly cubes."""
     record: Record
-    """On the lattice, with the sequence and the lesion places that the masks gave."""
+    """On the first lattice, with the sequence and the lesion places that the masks gave."""
     sequence: str
     sequence_source: str
     plane: str
@@ -58,10 +74,6 @@ class Examination:
     """(1, tokens, E)"""
     evidence: Tensor
     """(1, N, E)"""
-    fine: Tensor
-    """(S, 4 C, H/2, W/2) half precision pixel features."""
-    queries: Tensor
-    """(1, K, C + 1) standing queries."""
     reconstruct_state: Tensor
     """(1, E) hidden state at `<reconstruct>`."""
     labels: Tensor
@@ -76,6 +88,11 @@ class Examination:
     def in_scope(self) -> bool:
         """Whether the model may speak about this image."""
         return self.scope_score <= 1.0
+
+    @property
+    def grid(self) -> Grid:
+        """The lattice of the acquisition plane."""
+        return self.views[0].grid
 
     @property
     def slice_axis(self) -> int:
@@ -108,30 +125,27 @@ def examine(
         ValueError: the volume has no contrast.
     """
     grid = Grid.fit(volume, size=model.config.image_size)
-    record = Record(
-        images=grid.to_grid(volume.voxels[0]),
-        positions_mm=grid.positions_mm,
-        plane=grid.plane,
-        spacing_mm=grid.spacing_mm,
-    )
-    sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
-    example = prepare(record, (), tokenizer, **sizes)
-    plane = torch.tensor([PLANES.index(grid.plane)])
-    chosen = example.chosen
-    shown = model.encode(example.images[None, chosen], example.positions_mm[None, chosen], plane)
-    visual = model.look(shown, torch.arange(len(chosen))[None])
+    example, visual, shown = _look(model, tokenizer, volume, grid)
     score = scope_score(model, shown)
-    source = "header"
-    sequence = volume.sequence
+    num_slices = len(example.chosen)
+    source, sequence = "header", volume.sequence
     if sequence == "unknown":
-        source, sequence = "image", _infer_sequence(model, tokenizer, grid.plane, visual, len(chosen))
-    states = _query_states(model, tokenizer, grid.plane, sequence, visual, len(chosen))
+        source, sequence = "image", _infer_sequence(model, tokenizer, grid.plane, visual, num_slices)
+    states = _query_states(model, tokenizer, grid.plane, sequence, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
-    fine, heat = _decode(model, example, plane, states["<detect>"])
-    structures = torch.cat([structure_logits(model, queries, part) for part in fine.split(CHUNK)], 1)
+    fine, heat = _decode(model, example, states["<detect>"])
+    views = [View(grid, fine, queries)]
+    for plane in more_planes(volume, grid.plane) if score <= 1.0 else ():
+        other = Grid.fit(volume, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
+        turned, seen_there, _ = _look(model, tokenizer, volume, other)
+        asked = _query_states(model, tokenizer, plane, sequence, seen_there, len(turned.chosen))
+        turned_fine, _ = _decode(model, turned, asked["<detect>"])
+        views.append(View(other, turned_fine, model.heads["segment"].queries(asked["<segment>"][None])))
+    logits = [(structure_logits(model, v.queries, v.fine), v.grid) for v in views]
     segment = Segment()
-    labels = segment.read(structures[:-1], grid)
-    probability = segment.read_lesion(structures[-1].float(), grid)
+    labels = segment.read(*((x[:-1], g) for x, g in logits))
+    probability = segment.read_lesion(*((x[-1], g) for x, g in logits))
+    del logits
     brain = labels > 0
     least = max(1, round(least_lesion_ml / volume.voxel_ml))
     ranks, sizes_voxels = rank_components((probability > lesion_threshold) & brain, least=least)
@@ -143,19 +157,24 @@ def examine(
     lesions = tuple(
         _lesion(rank, ranks, labels, probability, volume, grid, boxes) for rank in range(1, len(sizes_voxels) + 1)
     )
-    record = replace(record, sequence=sequence, lesion_places=tuple(lesion.place for lesion in lesions))
+    record = Record(
+        images=example.images,
+        positions_mm=grid.positions_mm,
+        plane=grid.plane,
+        spacing_mm=grid.spacing_mm,
+        sequence=sequence,
+        lesion_places=tuple(lesion.place for lesion in lesions),
+    )
     evidence = _evidence(model, grid, example, fine, labels, ranks, len(lesions))
     return Examination(
         volume=volume,
-        grid=grid,
+        views=tuple(views),
         record=record,
         sequence=sequence,
         sequence_source=source,
         plane=plane_of(volume)[1],
         visual=visual,
         evidence=evidence,
-        fine=fine,
-        queries=queries,
         reconstruct_state=states["<reconstruct>"],
         labels=labels,
         lesion_ranks=ranks,
@@ -175,19 +194,49 @@ def scope_score(model: OmniMRI, patches_NPD: Tensor) -> float:
     return float(torch.linalg.vector_norm(model.scope_whiten @ off) / model.scope_limit)
 
 
+def more_planes(volume: Volume, plane: str) -> tuple[str, ...]:
+    """The planes to look at besides the acquisition's: all where no voxel side is over 1.5 times another, else none."""
+    spacing = volume.spacing_mm
+    if max(spacing) > 1.5 * min(spacing) or min(n * s for n, s in zip(volume.shape, spacing, strict=True)) < LEAST_EXTENT_MM:
+        return ()
+    return tuple(p for p in PLANES if p != plane)
+
+
 def structure_logits(model: OmniMRI, queries: Tensor, fine_NCHW: Tensor) -> Tensor:
-    """Queries (1, K, C + 1) with pixel features (n, 4 C, H/2, W/2) -> (K + 1, n, H, W) half precision: background,
+    """Queries (1, K, C + 1) with pixel features (S, 4 C, H/2, W/2) -> (K + 1, S, H, W) half precision: background,
     structures, and lesion last.
     """
-    pixels = Pixels(fine=fine_NCHW.float(), coarse=fine_NCHW).full()
-    structures, lesion = model.heads["segment"].logits(queries, pixels)
-    return torch.cat([structures, lesion[:, None]], 1).transpose(0, 1).half()
+    parts = []
+    for part in fine_NCHW.split(CHUNK):
+        pixels = Pixels(fine=part.float(), coarse=part).full()
+        structures, lesion = model.heads["segment"].logits(queries, pixels)
+        parts.append(torch.cat([structures, lesion[:, None]], 1).transpose(0, 1).half())
+    return torch.cat(parts, 1)
 
 
-def answer_labels(model: OmniMRI, seen: Examination, queries: Tensor) -> Tensor:
-    """Labels in scan space with some standing queries replaced by an answer's own."""
-    parts = [structure_logits(model, queries, part)[:-1] for part in seen.fine.split(CHUNK)]
-    return Segment().read(torch.cat(parts, 1), seen.grid)
+def answer_labels(model: OmniMRI, seen: Examination, own: dict[int, Tensor]) -> Tensor:
+    """Labels in scan space with the standing queries of some classes replaced by an answer's own, (C + 1,) each."""
+    logits = []
+    for view in seen.views:
+        queries = view.queries.clone()
+        for k, query in own.items():
+            queries[0, k - 1] = query
+        logits.append((structure_logits(model, queries, view.fine)[:-1], view.grid))
+    return Segment().read(*logits)
+
+
+def _look(
+    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, volume: Volume, grid: Grid
+) -> tuple[Example, Tensor, Tensor]:
+    """The volume on a lattice, its slices for language as (1, tokens, E), and their patch features."""
+    record = Record(
+        images=grid.to_grid(volume.voxels[0]), positions_mm=grid.positions_mm, plane=grid.plane, spacing_mm=grid.spacing_mm
+    )
+    sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
+    example = prepare(record, (), tokenizer, **sizes)
+    chosen = example.chosen
+    shown = model.encode(example.images[None, chosen], example.positions_mm[None, chosen], example.plane[None])
+    return example, model.look(shown, torch.arange(len(chosen))[None]), shown
 
 
 def _infer_sequence(
@@ -221,7 +270,7 @@ def _query_states(
     return {t: model.hidden_at(ids, hidden, t)[1] for t in ("<segment>", "<detect>", "<reconstruct>")}
 
 
-def _decode(model: OmniMRI, example: Example, plane: Tensor, detect_state: Tensor) -> tuple[Tensor, Tensor]:
+def _decode(model: OmniMRI, example: Example, detect_state: Tensor) -> tuple[Tensor, Tensor]:
     """Pixel features of every slice, (S, 4 C, H/2, W/2) half precision, and detection maps (S, 7, h, w)."""
     positions = example.positions_mm
     reach = 2.5 * model.heads["pixels"].depth.reach_mm
@@ -230,7 +279,7 @@ def _decode(model: OmniMRI, example: Example, plane: Tensor, detect_state: Tenso
         near = torch.nonzero((positions >= positions[part[0]] - reach) & (positions <= positions[part[-1]] + reach))
         near = near.flatten()
         images = example.images[None, near]
-        patches = model.encode(images, positions[None, near], plane)
+        patches = model.encode(images, positions[None, near], example.plane[None])
         pixels = model.pixels(images, patches, positions[None, near])
         inside = (near >= part[0]) & (near <= part[-1])
         fine.append(pixels.fine[inside].half())

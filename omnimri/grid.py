@@ -1,4 +1,4 @@
-"""Grid: the lattice the model sees, aligned with the scan's own axes; `to_grid` and `from_grid` are inverses.
+"""Grid: the lattice the model sees, aligned with the scan's own axes; `to_grid` and `sections` are inverses.
 
 Lattice axes are (slice, row, column). Rows run superior or anterior to inferior or posterior, columns from the
 patient's right to left (axial, coronal) or anterior to posterior (sagittal), whatever the order in the file.
@@ -7,7 +7,7 @@ Every lattice axis follows one voxel axis, so interpolation is separable: three 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +78,16 @@ class Grid:
     """Lattice spacing, mm: slice, row, column."""
 
     @classmethod
-    def fit(cls, volume: Volume, *, size: int, plane: str | None = None, min_spacing_mm: float = 1.0) -> Grid:
+    def fit(
+        cls, volume: Volume, *, size: int, plane: str | None = None, min_spacing_mm: float = 1.0, slice_spacing_mm: float = 1.0
+    ) -> Grid:
         """Lay a lattice of `size` x `size` pixels a slice over the volume's foreground.
 
         Args:
             size: Rows and columns.
             plane: One of `anatomy.PLANES`; the acquisition plane when None.
             min_spacing_mm: Finest lattice spacing; slices keep their own spacing where that is wider.
+            slice_spacing_mm: Finest distance of slices.
 
         Raises:
             ValueError: the volume has no contrast.
@@ -106,7 +109,7 @@ class Grid:
         native = [volume.spacing_mm[a] for a in axes]
         extent = [(box[a][1] - box[a][0] + 1) * s for a, s in zip(axes, native, strict=True)]
         inplane = max(min_spacing_mm, max(extent[1:]) / (size - 8))
-        spacing = [max(min_spacing_mm, native[0]), inplane, inplane]
+        spacing = [max(min_spacing_mm, slice_spacing_mm, native[0]), inplane, inplane]
         num_slices = max(1, round(extent[0] / spacing[0]))
         step = [sign * s / n for sign, s, n in zip(signs, spacing, native, strict=True)]
         sizes = (num_slices, size, size)
@@ -161,21 +164,27 @@ class Grid:
         offset = NEIGHBOUR_MM / self.spacing_mm[0]
         return torch.stack([torch.einsum("ts,shw->thw", self._read(0, o), v) for o in (-offset, 0.0, offset)], 1)
 
-    def from_grid(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Interpolate (K, S, H, W) lattice values to scan space, one scan slice at a time.
+    def sections(self, values: Tensor, axis: int) -> Callable[[int], tuple[Tensor, Tensor] | None]:
+        """Interpolate (K, S, H, W) lattice values to the scan's sections across one voxel axis, any of the three.
 
-        Yields:
-            (index, (K, ...)): the index expression along voxel axis `axes[0]`, and the values of that scan slice
-            with the two remaining voxel axes in the scan's own order.
+        Returns:
+            A function of the voxel index along `axis`: values (K, ...) over the two remaining voxel axes in the scan's own
+            order and, of the same shape, where the lattice reaches; None where it does not reach the section at all.
         """
-        slices, rows, columns = (self._write(a) for a in range(3))
-        for i in range(self.shape[self.axes[0]]):
-            used = torch.nonzero(slices[i]).flatten()
+        across = self.axes.index(axis)
+        first, second = sorted((a for a in range(3) if a != across), key=lambda a: self.axes[a])
+        weights = [self._write(a) for a in range(3)]
+        layers = values.movedim([across + 1, first + 1, second + 1], [1, 2, 3])
+        reach = (weights[first].sum(1) > 0)[:, None] & (weights[second].sum(1) > 0)[None]
+
+        def section(index: int) -> tuple[Tensor, Tensor] | None:
+            used = torch.nonzero(weights[across][index]).flatten()
             if len(used) == 0:
-                continue
-            mixed = torch.einsum("s,kshw->khw", slices[i, used], values[:, used].float())
-            plane = torch.einsum("yh,khw,xw->kyx", rows, mixed, columns)
-            yield slice(i, i + 1), plane if self.axes[1] < self.axes[2] else plane.transpose(1, 2)
+                return None
+            mixed = torch.einsum("s,ksab->kab", weights[across][index, used], layers[:, used].float())
+            return weights[first] @ mixed @ weights[second].T, reach
+
+        return section
 
     def nearest(self, voxels: Tensor) -> Tensor:
         """(X, Y, Z) labels read at the nearest voxel of each lattice point: (S, H, W), zero outside."""

@@ -59,7 +59,7 @@ def test_mask_painted_in_the_world_returns(orientation):
     radius = 9 * float(max(volume.spacing_mm))
     distance = torch.linalg.vector_norm(world - middle, dim=-1) - radius
     logits = torch.stack([distance, -distance]).float()
-    said = Segment().read(torch.cat([logits, torch.full((31, s, h, w), -1e4)]), grid) == STRUCTURES[0].label
+    said = Segment().read((torch.cat([logits, torch.full((31, s, h, w), -1e4)]), grid)) == STRUCTURES[0].label
     off = torch.linalg.vector_norm(
         torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in volume.shape), indexing="ij"), -1)
         @ affine[:3, :3].T + affine[:3, 3] - middle, dim=-1) - radius

@@ -117,4 +117,4 @@ def test_phantom_volume_gives_its_own_labels_back(scan):
     grid = Grid.fit(scan, size=64)
     flat = torch.zeros(33, *grid.size)
     flat[5] = 1
-    assert int((Segment().read(flat, grid) > 0).sum()) > 0.9 * scan.voxels[0].numel() * 0.5
+    assert int((Segment().read((flat, grid)) > 0).sum()) > 0.9 * scan.voxels[0].numel() * 0.5

@@ -121,23 +121,37 @@ class Segment:
             "lesion_dice": (lesion_dice * any_lesion, any_lesion),
         }
 
-    def read(self, predicted: Tensor, grid: Grid) -> Tensor:
-        """Bring structure logits (K, S, H, W) to scan space, take the argmax there: (X, Y, Z) int32 FreeSurfer labels."""
+    def read(self, *views: tuple[Tensor, Grid]) -> Tensor:
+        """Bring structure logits (K, S, H, W) of one or several lattices to scan space, average their probabilities and
+        take the argmax there: (X, Y, Z) int32 FreeSurfer labels, 0 where no lattice reaches.
+        """
         table = torch.tensor([0, *(s.label for s in STRUCTURES)], dtype=torch.int32)
-        answer = torch.zeros(grid.shape, dtype=torch.int32)
-        out = answer.movedim(grid.axes[0], 0)
-        rows, columns = (grid.covered()[a] for a in (1, 2))
-        inside = rows[:, None] & columns[None] if grid.axes[1] < grid.axes[2] else columns[:, None] & rows[None]
-        for index, values in grid.from_grid(predicted):
-            out[index] = (table[values.argmax(0)] * inside).to(torch.int32)
+        shape, axis = views[0][1].shape, views[0][1].axes[0]
+        answer = torch.zeros(shape, dtype=torch.int32)
+        out = answer.movedim(axis, 0)
+        sections = [grid.sections(predicted, axis) for predicted, grid in views]
+        for index in range(shape[axis]):
+            parts = [part for section in sections if (part := section(index)) is not None]
+            if not parts:
+                continue
+            votes = torch.stack([values.softmax(0) * reach for values, reach in parts]).sum(0) if len(parts) > 1 else parts[0][0]
+            anywhere = torch.stack([reach for _, reach in parts]).any(0)
+            out[index] = (table[votes.argmax(0)] * anywhere).to(torch.int32)
         return answer
 
-    def read_lesion(self, predicted: Tensor, grid: Grid) -> Tensor:
-        """Bring lesion logits (S, H, W) to scan space: probability (X, Y, Z), zero outside the lattice."""
-        answer = torch.zeros(grid.shape)
-        out = answer.movedim(grid.axes[0], 0)
-        for index, values in grid.from_grid(predicted[None] + 30.0):
-            out[index] = torch.sigmoid(values[0] - 30.0)
+    def read_lesion(self, *views: tuple[Tensor, Grid]) -> Tensor:
+        """Bring lesion logits (S, H, W) of one or several lattices to scan space: mean probability (X, Y, Z), zero where no
+        lattice reaches.
+        """
+        shape, axis = views[0][1].shape, views[0][1].axes[0]
+        answer = torch.zeros(shape)
+        out = answer.movedim(axis, 0)
+        sections = [grid.sections(predicted[None], axis) for predicted, grid in views]
+        for index in range(shape[axis]):
+            parts = [part for section in sections if (part := section(index)) is not None]
+            if parts:
+                votes = torch.stack([values[0].sigmoid() * reach for values, reach in parts]).sum(0)
+                out[index] = votes / torch.stack([reach for _, reach in parts]).sum(0).clamp(min=1)
         return answer
 
 
