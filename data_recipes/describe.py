@@ -159,8 +159,7 @@ def segment_turns(g: torch.Generator, f: Facts) -> list[Message]:
             side = n.split()[0]
             ask = pick(g, (f"And on the {side}?", f"And the {side} one?", f"What about the {side} side?"))
         if n in f.visible:
-            answer = pick(g, (f"The {n} <segment> is outlined; its volume is <ml> ml.",
-                              f"The {n} <segment> measures <ml> ml."))
+            answer = pick(g, (f"Outlined: the {n} <segment>, <ml> ml.", f"Outlined is the {n} <segment> of <ml> ml."))
         else:
             answer = f"The {n} is not visible in these slices."
         turns += [Message("user", ask), Message("assistant", answer)]
@@ -262,14 +261,12 @@ TURNS = (segment_turns, detect_turns, report_turns, reconstruct_turns, question_
 
 
 def describe(record: Record, g: torch.Generator) -> Record:
-    """Add caption, facts and conversations: the first is the report, the second a drawn chat of one to four exchanges."""
+    """Add caption, facts and conversations: first the report, then two to ten drawn exchanges."""
     f = facts_of(record)
-    chat: list[Message] = []
-    for _ in range(pick(g, (1, 2, 3, 4))):
-        chat += pick(g, TURNS, (0.27, 0.2, 0.12, 0.08, 0.33))(g, f)
+    exchanges = [pick(g, TURNS, (0.27, 0.2, 0.12, 0.08, 0.33))(g, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
     return replace(
         record,
         caption=report(g, f),
-        conversations=(tuple(report_turns(g, f)), tuple(chat)),
+        conversations=(tuple(report_turns(g, f)), *(tuple(e) for e in exchanges)),
         facts=(f.plane, f.sequence, *f.groups, *f.places),
     )

@@ -90,7 +90,8 @@ class Scan:
     mirrored: bool
     normal: bool
     variation: float = 1.0
-    """How much heads and scanners differ: scales tilt, size, bending, tissue spread, bias field and noise."""
+    """How much heads and scanners differ: scales tilt, size, bending, field of view, tissue spread, bias field and noise,
+    and the share of thin slabs and of contrasts without a name."""
 
 
 def draw_scan(
@@ -115,7 +116,7 @@ def draw_scan(
     axis = NORMAL[plane]
     extent, middle = float(high[axis] - low[axis]), (low + high) / 2
     stripped = uniform(g, 0, 1) < 0.45
-    if uniform(g, 0, 1) < 0.75:
+    if uniform(g, 0, 1) < 1 - 0.25 * variation:
         gap = extent * uniform(g, 0.9, 1.05) / num_slices
     else:
         gap = math.exp(uniform(g, 0.0, math.log(7)))
@@ -124,11 +125,11 @@ def draw_scan(
     for a in range(3):
         if a != axis:
             toward = 0.0 if stripped else uniform(g, 0.0, 1.0)
-            centre[a] += toward * float(head_centre[a] - middle[a]) + uniform(g, -8, 8)
+            centre[a] += toward * float(head_centre[a] - middle[a]) + uniform(g, -8, 8) * variation
     field = 192.0 / size
-    spacing = field * (uniform(g, 0.95, 1.2) if stripped else uniform(g, 1.1, 1.45))
+    spacing = field * ((0.95 + 0.25 * variation * uniform(g, 0, 1)) if stripped else (1.1 + 0.35 * variation * uniform(g, 0, 1)))
     return Scan(
-        sequence=pick(g, SEQUENCES, (0.5, 0.12, 0.13, 0.03, 0.16, 0.06)),
+        sequence=pick(g, SEQUENCES, (0.5, 0.12, 0.13, 0.03, 0.16, 0.06 * variation)),
         plane=plane,
         positions_mm=(torch.arange(num_slices) - (num_slices - 1) / 2) * gap,
         spacing_mm=(gap, spacing, spacing),

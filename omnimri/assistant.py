@@ -172,7 +172,7 @@ class Assistant:
         asked = names_in(question)
         notes: tuple[str, ...] = ()
         if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
-            raw = " ".join(f"The {name} <segment> measures <ml> ml." for name in asked)
+            raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
             notes = ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)

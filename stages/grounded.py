@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator, uniform
-from omnimri.example import LESION_CLASS, Example, collate, prepare
+from omnimri.conversation import Message
+from omnimri.example import LESION_CLASS, Example, Record, collate, prepare
 from omnimri.grounding import pool_evidence
 from omnimri.model.omnimri import OmniMRI
 from omnimri.tasks import Detect, Reconstruct, Report, Segment
@@ -21,11 +22,17 @@ from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"match": 2.0, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 1.0, "lesion_dice": 0.5, "detect": 0.1,
+WEIGHTS = {"match": 2.0, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count)."""
+
+
+def dialogue(record: Record, g: torch.Generator) -> list[Message]:
+    """All exchanges of a record in a drawn order."""
+    order = torch.randperm(len(record.conversations), generator=g).tolist()
+    return [message for k in order for message in record.conversations[k]]
 
 
 class DialogueSource:
@@ -36,12 +43,10 @@ class DialogueSource:
         self.sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
 
     def example(self, index: int) -> Example:
-        """Record `index` with its report and its chat in either order; half of the cards hide the sequence."""
+        """Record `index` with all its exchanges in a drawn order; half of the cards hide the sequence."""
         record = self.mixture.record(index)
         g = generator(self.mixture.seed, "dialogue", index)
-        report, chat = record.conversations
-        conversation = (*report, *chat) if uniform(g, 0, 1) < 0.5 else (*chat, *report)
-        shown = uniform(g, 0, 1) < 0.5
+        conversation, shown = dialogue(record, g), uniform(g, 0, 1) < 0.5
         return prepare(record, conversation, self.tokenizer, show_sequence=shown, **self.sizes)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from .engine import Objective
 from .grounded import DialogueSource, GroundedDialogue
 
 LEARNING_RATE = {
-    "language.*lora_*": 1e-3,
-    "language.model.embed_tokens.weight": 3e-4,
+    "language.*lora_*": 2e-3,
+    "language.model.embed_tokens.weight": 5e-4,
     "projector.*": 3e-4,
     "heads.contrast.*": 0.0,
     "heads.*": 5e-4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,10 +29,16 @@ class Report:
         return batch["text_labels"]
 
     def loss(self, predicted: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Next-token cross-entropy of (B, T, V) logits."""
-        learnt = target[:, 1:] != IGNORE
-        ce = F.cross_entropy(predicted[:, :-1][learnt].float(), target[:, 1:][learnt], reduction="sum")
-        return {"text": (ce, learnt.sum())}
+        """Next-token cross-entropy of (B, T, V) logits; every answer counts by the root of its length, so that reports do not
+        drown the short answers, whose first words choose the task.
+        """
+        learnt = target != IGNORE
+        starts = learnt & ~F.pad(learnt[:, :-1], (1, 0))
+        answer = starts.long().cumsum(1) * learnt
+        length = torch.zeros_like(answer, dtype=torch.float32).scatter_add_(1, answer, torch.ones_like(answer, dtype=torch.float32))
+        weight = length.gather(1, answer).rsqrt()[:, 1:][learnt[:, 1:]]
+        ce = F.cross_entropy(predicted[:, :-1][learnt[:, 1:]].float(), target[:, 1:][learnt[:, 1:]], reduction="none")
+        return {"text": ((ce * weight).sum(), weight.sum())}
 
     def read(self, predicted: str) -> str:
         """The text without task tokens that only choose a head."""
