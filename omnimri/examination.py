@@ -144,7 +144,8 @@ def examine(
     logits = [(structure_logits(model, v.queries, v.fine), v.grid) for v in views]
     segment = Segment()
     labels = segment.read(*((x[:-1], g) for x, g in logits))
-    probability = segment.read_lesion(*((x[-1], g) for x, g in logits))
+    # The lesion threshold is calibrated on one plane's probability.
+    probability = segment.read_lesion(logits[0][0][-1], grid)
     del logits
     brain = labels > 0
     least = max(1, round(least_lesion_ml / volume.voxel_ml))

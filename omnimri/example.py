@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,6 +143,21 @@ def named_class(text: str) -> int:
     return LESION_CLASS if name == LESION or LESION in clause else CLASS_OF_NAME[name]
 
 
+@lru_cache(maxsize=256)
+def _standing_exchange(
+    tokenizer: PreTrainedTokenizerBase, plane: str, sequence: str | None, num_image_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Ids of the standing exchange, and labels of the words that tell the sequence (where it is known)."""
+    messages = query_messages(sequence or SEQUENCES[0])
+    query = render(messages, tokenizer, study=card(plane), num_image_tokens=num_image_tokens)
+    left = len(tokenizer(messages[1].text.split(".")[0] + ".")["input_ids"]) if sequence else 0
+    labels = []
+    for label in query.labels:
+        labels.append(label if label != IGNORE and left > 0 else IGNORE)
+        left -= label != IGNORE
+    return query.ids, labels
+
+
 def prepare(
     record: Record,
     conversation: Sequence[Message],
@@ -166,13 +182,7 @@ def prepare(
     rendered = render(
         conversation, tokenizer, study=study, num_image_tokens=num_image_tokens, answer_prefix=answer_prefix
     )
-    known = record.sequence or SEQUENCES[0]
-    query = render(query_messages(known), tokenizer, study=card(record.plane), num_image_tokens=num_image_tokens)
-    sequence_only = len(tokenizer(query_messages(known)[1].text.split(".")[0] + ".")["input_ids"])
-    query_labels, learnt = [IGNORE] * len(query.ids), 0
-    for i, label in enumerate(query.labels):
-        if label != IGNORE and learnt < sequence_only and record.sequence:
-            query_labels[i], learnt = label, learnt + 1
+    query_ids, query_labels = _standing_exchange(tokenizer, record.plane, record.sequence, num_image_tokens)
     places: list[int] = []
     if record.lesion_places is not None:
         places = [*range(1, len(NAMES) + 1)]
@@ -188,7 +198,7 @@ def prepare(
         input_ids=long(rendered.ids),
         text_labels=long(rendered.labels),
         segment_class=long(segment_classes(rendered, tokenizer)),
-        query_ids=long(query.ids),
+        query_ids=long(query_ids),
         query_labels=long(query_labels),
         caption_ids=long(render([Message("assistant", record.caption)], tokenizer).ids),
         evidence_places=long(places),

@@ -8,4 +8,4 @@ STAGES: dict[str, str] = {
     "pretrain": "stages.stage3_pretrain",
     "instruct": "stages.stage4_instruct",
 }
-"""Name of a stage -> the module that defines LEARNING_RATE, DEFAULTS, Source and build(model, source)."""
+"""Name of a stage -> the module that defines LEARNING_RATE, DEFAULTS, Source and build(model, steps)."""

@@ -9,6 +9,6 @@ stage vision --preset tiny --out "$runs/vision" --set steps=260 --set num_slices
 stage align --init "$runs/vision" --out "$runs/align" --set steps=140 --set batch_size=12 --set num_slices=4
 # Few slices of many heads: a dense decoder learns by steps, and slices of one head say much the same.
 few=(--set num_slices=4 --set max_slices=4)
-stage pretrain --init "$runs/align" --out "$runs/pretrain" --set steps=6000 "${few[@]}"
-stage instruct --init "$runs/pretrain" --out "$runs/instruct" --set steps=500 "${few[@]}"
+stage pretrain --init "$runs/align" --out "$runs/pretrain" --set steps=6000 --set mask_share=0.65 --set word_share=0.1 "${few[@]}"
+stage instruct --init "$runs/pretrain" --out "$runs/instruct" --set steps=350 --set mask_share=0.15 --set word_share=0.45 "${few[@]}"
 python -m stages.release "$runs/instruct" --data "$data" --out omnimri/embedded

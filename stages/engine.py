@@ -73,8 +73,8 @@ class FitConfig:
 
     steps: int
     learning_rate: Mapping[str, float]
-    """Peak rate by parameter-name glob, first match wins. What no glob names is frozen. A glob that matches
-    nothing is an error."""
+    """Peak rate by parameter-name glob, first match wins. What no glob names, or rate 0, is frozen. A glob that
+    matches nothing is an error."""
     batch_size: int = 4
     """Examples a process and micro-batch."""
     accumulate: int = 1
@@ -115,10 +115,12 @@ def parameter_groups(module: nn.Module, config: FitConfig) -> list[dict[str, Any
     for name, parameter in module.named_parameters():
         short = name.removeprefix("model.")
         matched = next((g for g in config.learning_rate if fnmatchcase(short, g)), None)
-        parameter.requires_grad_(matched is not None and not name.startswith("teacher"))
-        if matched is None or not parameter.requires_grad:
+        moves = matched is not None and config.learning_rate[matched] > 0 and not name.startswith("teacher")
+        parameter.requires_grad_(moves)
+        if matched is not None and not name.startswith("teacher"):
+            used[matched] += 1
+        if matched is None or not moves:
             continue
-        used[matched] += 1
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((config.learning_rate[matched], decay), []).append(parameter)
     unused = [g for g, n in used.items() if n == 0]
@@ -197,6 +199,9 @@ def fit(
         accelerator.print(f"resumed at step {start}")
     updates: Updates = (Sharded if config.zero_stage else Whole)(accelerator, objective, groups, config)
     if resumed is not None:
+        before = json.loads((resumed / "state.json").read_text())["optimizer"]
+        if before != (now := _optimizer_of(config, world)):
+            raise ValueError(f"{out} was trained with {before}, and goes on only so; got {now}; use another --out with --init {out}")
         updates.load(load_file(resumed / _optimizer_file(updates, rank)))
     accelerator.init_trackers("log")
     loader = torch.utils.data.DataLoader(
@@ -215,7 +220,7 @@ def fit(
             group["lr"] = group["peak"] * config.rate(step)
         window = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(config.accumulate)]
         objective.train()
-        seeds = [stable_hash(f"step {config.seed} {step} {i}") % (1 << 31) for i in range(len(window))]
+        seeds = [stable_hash(f"step {config.seed} {step}") % (1 << 31)] * len(window)
         values = _step(accelerator, updates, window, seeds)
         objective.after_step(step)
         rate = config.batch_size * world * config.accumulate / (time.perf_counter() - tick)
@@ -249,8 +254,8 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step over a window of micro-batches; each term is divided by its count over window and ranks.
 
-    What an objective draws comes from the micro-batch's own seed, so that counting and training, and all ranks, see the
-    same draws.
+    What an objective draws comes from the step's own seed, so that counting and training, all micro-batches and all
+    ranks see the same draws.
     """
     totals: dict[str, Tensor] = {}
     if len(window) > 1:
@@ -297,6 +302,11 @@ def validate(accelerator: Any, objective: Objective, source: Source, config: Fit
     return {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
 
 
+def _optimizer_of(config: FitConfig, world: int) -> dict[str, Any]:
+    """What the optimizer's state fits: only sharded state depends on the number of processes."""
+    return {"optimizer": config.optimizer, "zero_stage": config.zero_stage} | ({"processes": world} if config.zero_stage else {})
+
+
 def _optimizer_file(updates: Updates, rank: int) -> str:
     return f"optimizer-{rank}.safetensors" if updates.sharded else "optimizer.safetensors"
 
@@ -327,7 +337,7 @@ def _save(
     save_model(objective.model, tokenizer, partial, provenance=told)
     rest = {k: v.contiguous().clone() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     save_file(rest or {"none": torch.zeros(1)}, partial / "objective.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step}))
+    (partial / "state.json").write_text(json.dumps({"step": step, "optimizer": _optimizer_of(config, accelerator.num_processes)}))
     publish(partial, folder / f"step-{step:06d}")
     for old in sorted(folder.glob("step-*"))[: -config.keep]:
         shutil.rmtree(old)

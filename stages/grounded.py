@@ -1,5 +1,5 @@
 """Grounded dialogue: text, and every head driven by the hidden states of its tokens; stages 3 and 4 differ in what
-is said and what may move.
+may move and in how often masks or words are trained alone.
 
 Shapes: B studies, S slices, K standing queries, E language width.
 """
@@ -56,7 +56,7 @@ class DialogueSource:
 
 class GroundedDialogue(Objective):
     """Next tokens, masks, boxes and reconstruction over a batch. Some steps train masks alone and some words alone: they
-    are several times cheaper, and want many images and many conversations.
+    are cheaper, and want many images and many conversations.
 
     Masks teach the pixel features and a learned table of queries. The language model's own queries meet the same features
     (`asked`), which they do not move, and are drawn to the table (`match`), so that names teach it which query is meant
@@ -69,8 +69,13 @@ class GroundedDialogue(Objective):
         Args:
             mask_share: Share of the steps that train masks alone, against the table.
             word_share: Share of the steps that train words alone.
+
+        Raises:
+            ValueError: no step is left for boxes and reconstruction.
         """
         super().__init__()
+        if mask_share + word_share >= 1:
+            raise ValueError(f"expected mask_share + word_share below 1, got {mask_share} + {word_share}")
         self.model, self.mask_share, self.word_share = model, mask_share, word_share
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
@@ -147,8 +152,13 @@ class GroundedDialogue(Objective):
             swap: Share of the queries spoken in answers that stand in for the standing query of their class.
         """
         losses, states = self.stand(batch, seen, len(batch["images"]))
-        which = torch.nonzero(torch.rand(len(seen["spoken"][1])) < swap).flatten().to(batch["query_ids"].device)
-        study, named, spoken = (x[which] for x in seen["spoken"])
+        study, named, spoken = seen["spoken"]
+        place = study * LESION_CLASS + named
+        newest = torch.full((len(batch["images"]) * LESION_CLASS + 1,), -1).to(place.device).scatter_reduce(
+            0, place, torch.arange(len(place)).to(place.device), "amax")
+        which = newest[newest >= 0]
+        which = which[(torch.rand(len(which)) < swap).to(which.device)]
+        study, named, spoken = study[which], named[which], spoken[which]
         queries = states["queries"].index_put((study, named - 1), spoken.to(states["queries"].dtype))
         seen["asked"] = self.model.heads["segment"].logits(queries, seen["feature"].detach())
         boxes = self.model.heads["detect"](states["<detect>"], seen["pixels"].coarse)

@@ -163,14 +163,8 @@ class Sharded(Updates):
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Bring this process's part back.
-
-        Raises:
-            ValueError: it was written by another number of processes.
-        """
+        """Bring this process's part back."""
         for i, part in enumerate(self._parts()):
-            if state[f"{i}|weights"].shape != part.shape:
-                raise ValueError("the checkpoint was sharded over another number of processes; resume with as many")
             part.data.copy_(state[f"{i}|weights"])
-            mine = {k.split("|")[1]: v for k, v in state.items() if k.startswith(f"{i}|") and k != f"{i}|weights"}
-            self.zero.optimizer.state[part] = mine
+            mine = {k.partition("|")[2]: v for k, v in state.items() if k.startswith(f"{i}|") and k != f"{i}|weights"}
+            self.zero.optimizer.state[part] = {k: v if k == "step" else v.to(part.device) for k, v in mine.items()}

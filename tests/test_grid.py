@@ -74,6 +74,37 @@ def test_mask_painted_in_the_world_returns(orientation):
     assert int(said.sum()) > 500
 
 
+@pytest.mark.parametrize("orientation", range(0, 48, 5))
+def test_masks_of_three_planes_meet(orientation):
+    """A ball painted on the lattices of all planes, or on another plane's than the first section axis, lies where it was painted."""
+    rng = np.random.default_rng(orientation)
+    affine = random_affine(rng, orientation)
+    affine[:3, :3] *= 2 / torch.linalg.vector_norm(affine[:3, :3], dim=0)
+    volume = head(affine, (44, 40, 36))
+    middle = affine[:3, :3] @ torch.tensor([22.0, 20, 18]).double() + affine[:3, 3]
+
+    def painted(plane):
+        grid = Grid.fit(volume, size=64, plane=plane, slice_spacing_mm=3.0)
+        index = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid.size), indexing="ij"), -1)
+        off = torch.linalg.vector_norm(grid.world_mm(index.reshape(-1, 3), affine) - middle, dim=-1).reshape(grid.size) - 18
+        return torch.cat([torch.stack([off, -off]).float(), torch.full((31, *grid.size), -1e4)]), grid
+
+    views = [painted(p) for p in ("axial", "coronal", "sagittal")]
+    truth = ball(affine, volume.shape, middle, 18)
+    near = ball(affine, volume.shape, middle, 20) & ~ball(affine, volume.shape, middle, 16)
+    assert len({grid.axes[0] for _, grid in views}) == 3
+    said = Segment().read(*views) == STRUCTURES[0].label
+    assert not bool(((said != truth) & ~near).any())
+    (first, grid), (second, other) = views[:2]
+    section, across = other.sections(second, grid.axes[0]), torch.zeros(volume.shape, dtype=torch.bool)
+    for i, plane in enumerate(across.movedim(grid.axes[0], 0)):
+        if (part := section(i)) is not None:
+            plane[:] = (part[0].argmax(0) == 1) & part[1]
+    assert not bool(((across != truth) & ~near).any())
+    probability = Segment().read_lesion(-10 * first[0] / 3, grid)
+    assert not bool((((probability > 0.5) != truth) & ~near).any())
+
+
 def test_permuting_and_flipping_the_array_changes_nothing(scan):
     grid = Grid.fit(scan, size=64)
     images = grid.to_grid(scan.voxels[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from stages.__main__ import main
 from stages.grounded import DialogueSource, GroundedDialogue
 from stages.stage2_align import image_vector, text_vector
 
+pytestmark = pytest.mark.timeout(1800)
 SEEDS = range(int(os.environ.get("OMNIMRI_SEEDS", "1")))
 SIZE = 64
 
@@ -45,7 +47,7 @@ def runs(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held_out():
-    source = Phantom(image_size=SIZE, num_slices=4, with_kspace=False)
+    source = Phantom(image_size=SIZE, num_slices=4)
     return [source.record(999, i) for i in range(48)]
 
 
@@ -80,8 +82,7 @@ def probe_accuracy(folder, records):
 def dice_of_queries(folder, records):
     """Mean Dice of the structures pooled over held-out studies, by (the table, the language model's queries)."""
     model, tokenizer, _ = load_model(folder)
-    source = DialogueSource(None, tokenizer, model)
-    source.record = records.__getitem__
+    source = DialogueSource(SimpleNamespace(record=records.__getitem__, seed=0), tokenizer, model)
     batch = source.collate([source.example(i) for i in range(len(records))])
     found = GroundedDialogue(model).eval().metrics(batch)
     return tuple(float(found[k].sum / found[k].count) for k in ("dice_table", "dice_queries"))
@@ -112,13 +113,12 @@ def reply(model, tokenizer, record, ask):
 
 
 def share_changed_by_blanking(folder, records):
-    """Share of answers that differ when noise stands for the image, and every mask is empty."""
+    """Share of answers that differ when noise stands for the image; the card stays as it is."""
     model, tokenizer, _ = load_model(folder)
     asks = ("What sequence is this?", "Find lesions.", "Describe the signal.", "Which anatomy is shown?")
     changed = []
     for record, ask in zip(records, asks * len(records), strict=False):
-        blank = replace(record, images=torch.rand(record.images.shape), labels=torch.zeros_like(record.labels),
-                        lesions=torch.zeros_like(record.lesions), lesion_places=())
+        blank = replace(record, images=torch.rand(record.images.shape))
         changed.append(reply(model, tokenizer, record, ask) != reply(model, tokenizer, blank, ask))
     return sum(changed) / len(changed)
 
@@ -160,7 +160,7 @@ def test_the_name_decides_the_mask(runs, held_out):
         seen = GroundedDialogue(model).eval().see(batch, 0, masks=True)
         labels = batch["labels"].flatten(0, 1)[:, ::2, ::2]
 
-        def spoken(k, batch=batch, record=record, seen=seen):
+        def spoken(k, at="<segment>", batch=batch, record=record, seen=seen):
             name = NAMES[k - 1]
             talk = [Message("user", f"Segment the {name}."), Message("assistant", f"Outlined: the {name} <segment>, <ml> ml.")]
             sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
@@ -168,7 +168,8 @@ def test_the_name_decides_the_mask(runs, held_out):
             pooled = pool_evidence(seen["feature"], batch["labels"][..., ::2, ::2], batch["lesions"][..., ::2, ::2], batch["positions_mm"])
             rows = batch["evidence_places"]
             told = model(input_ids=ids, visual=seen["visual"], evidence=model.evidence(pooled[:, rows[0]], rows.clamp(max=LESION_CLASS)))
-            return head.queries(model.hidden_at(ids, told.hidden_states[0], "<segment>")[1])[0]
+            where = int(torch.nonzero(ids[0] == tokenizer.convert_tokens_to_ids(at))[-1])
+            return head.queries(told.hidden_states[0][0, where])
 
         def dice(rows, k, truth, seen=seen, labels=labels):
             queries = head.table.clone()
@@ -182,7 +183,7 @@ def test_the_name_decides_the_mask(runs, held_out):
                 left_said, right_said = spoken(a), spoken(b)
                 right.append(dice({a: left_said}, a, a))
                 swapped.append(dice({a: right_said, b: left_said}, a, b))
-                shuffled.append(dice({a: left_said[torch.randperm(len(left_said))]}, a, a))
+                shuffled.append(dice({a: spoken(a, at="<|im_start|>")}, a, a))
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     assert len(right) >= 6
     assert mean(right) > 0.6

@@ -83,6 +83,8 @@ class PixelDecoder(nn.Module):
     def __init__(self, config: OmniMRIConfig) -> None:
         super().__init__()
         widths = config.stem_widths
+        if len(widths) < PATCHES_AT + 2:
+            raise ValueError(f"expected stem_widths at {PATCHES_AT + 2} strides, got {len(widths)}: a model of another version?")
         if config.image_size % 2 ** len(widths):
             raise ValueError(f"expected an image size that is a multiple of {2 ** len(widths)}, got {config.image_size}")
         self.down = nn.ModuleList(

@@ -139,19 +139,14 @@ class Segment:
             out[index] = (table[votes.argmax(0)] * anywhere).to(torch.int32)
         return answer
 
-    def read_lesion(self, *views: tuple[Tensor, Grid]) -> Tensor:
-        """Bring lesion logits (S, H, W) of one or several lattices to scan space: mean probability (X, Y, Z), zero where no
-        lattice reaches.
-        """
-        shape, axis = views[0][1].shape, views[0][1].axes[0]
-        answer = torch.zeros(shape)
-        out = answer.movedim(axis, 0)
-        sections = [grid.sections(predicted[None], axis) for predicted, grid in views]
-        for index in range(shape[axis]):
-            parts = [part for section in sections if (part := section(index)) is not None]
-            if parts:
-                votes = torch.stack([values[0].sigmoid() * reach for values, reach in parts]).sum(0)
-                out[index] = votes / torch.stack([reach for _, reach in parts]).sum(0).clamp(min=1)
+    def read_lesion(self, predicted: Tensor, grid: Grid) -> Tensor:
+        """Bring lesion logits (S, H, W) to scan space: probability (X, Y, Z), zero where the lattice does not reach."""
+        answer = torch.zeros(grid.shape)
+        out = answer.movedim(grid.axes[0], 0)
+        section = grid.sections(predicted[None], grid.axes[0])
+        for index in range(len(out)):
+            if (part := section(index)) is not None:
+                out[index] = part[0][0].sigmoid() * part[1]
         return answer
 
 
