@@ -24,6 +24,8 @@ _UNITS = {"<tr>": " ms", "<te>": " ms", "<ti>": " ms", "<tesla>": " T"}
 _NONE = re.compile(r"\bno (focal )?lesions?\b|\bno lesion\b", re.IGNORECASE)
 _ONE = re.compile(r"\b(one|a single) lesion\b", re.IGNORECASE)
 _MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
+_PLANE = re.compile(r"\b(axial|coronal|sagittal|oblique)\b", re.IGNORECASE)
+_ASKS_PLANE = re.compile(r"\b(plane|orientation)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,25 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
     if not kept and not can_deny:
         kept.append(UNJUDGED)
     return Grounded(" ".join(kept) or "I cannot tell from this study.", tuple(shown), tuple(dict.fromkeys(notes)))
+
+
+def ground_plane(question: str, raw: str, plane: str) -> tuple[str, tuple[str, ...]]:
+    """Hold a text's plane against the affine's: another plane's name is corrected, and a question about the plane is answered.
+
+    Args:
+        plane: From the affine: axial, coronal, sagittal or oblique.
+
+    Returns:
+        The text and notes on what was changed.
+    """
+    told = [p for p in _PLANE.findall(raw) if p.lower() != plane]
+    notes = ("a plane in the text was replaced by the affine's",) if told else ()
+    if told:
+        raw = _PLANE.sub(lambda found: plane.capitalize() if found[0][0].isupper() else plane, raw)
+        raw = re.sub(rf"\ban? {plane}\b", f"{'an' if plane[0] in 'ao' else 'a'} {plane}", raw)
+    if _ASKS_PLANE.search(question) and plane not in raw.lower():
+        raw = f"{raw} The plane is {plane}."
+    return raw, notes
 
 
 def _place_fits(sentence: str, lesion: Lesion) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, names_in, resolve_names
-from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, lesion_measures, sentences
+from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, ground_plane, lesion_measures, sentences
 from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
@@ -166,15 +166,15 @@ class Assistant:
         if task == "segment" and "<segment>" not in raw:
             raw = "Every structure is outlined <segment>."
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
+        raw, notes = ground_plane(question, raw, seen.plane)
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
         if chosen is None:
             chosen = "segment" if "<segment>" in raw else "text"
         asked = names_in(question)
-        notes: tuple[str, ...] = ()
         if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
             raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-            notes = ("the model began to speak of another structure than was asked for; its sentence was replaced",)
+            notes += ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
         can_deny = getattr(self.model.config, "lesion_sensitivity", 0.0) >= LEAST_SENSITIVITY
         grounded = ground_lesions(

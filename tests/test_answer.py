@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from omnimri.answer import fill_slots, ground_lesions, lesion_measures
+from omnimri.answer import fill_slots, ground_lesions, ground_plane, lesion_measures
 from omnimri.conversation import plain_ids
 from omnimri.examination import Lesion
 from omnimri.measure import Measured
@@ -21,6 +21,20 @@ LEFT = lesion(1, "left", "left cerebral white matter", 5.25, 31)
 RIGHT = lesion(2, "right", "right putamen", 0.4, 8)
 REPORT = ("Axial FLAIR MRI of the brain. There is a <size> lesion in the left cerebral white matter <segment>, <mm> mm in diameter "
           "and <ml> ml in volume. Impression: a single lesion in the left cerebral white matter.")
+
+
+@pytest.mark.parametrize(
+    ("question", "raw", "plane", "said", "changed"),
+    [("What sequence and plane is this?", "This is a T1-weighted MRI.", "axial", "This is a T1-weighted MRI. The plane is axial.", False),
+     ("Which plane?", "The plane is coronal.", "sagittal", "The plane is sagittal.", True),
+     ("Write a report.", "Axial FLAIR MRI of the brain.", "oblique", "Oblique FLAIR MRI of the brain.", True),
+     ("Which?", "This is an axial MRI.", "sagittal", "This is a sagittal MRI.", True),
+     ("Write a report.", "<report> FLAIR MRI.", "axial", "<report> FLAIR MRI.", False)],
+)
+def test_the_plane_is_the_affines(question, raw, plane, said, changed):
+    text, notes = ground_plane(question, raw, plane)
+    assert text == said
+    assert bool(notes) == changed
 
 
 def test_a_lesion_without_a_mask_is_removed_and_said():

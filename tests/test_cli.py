@@ -105,6 +105,20 @@ def test_sequence_and_plane_of_a_real_scan(capsys, mni):
     assert "T1-weighted" in text or "cannot" in text
 
 
+def test_the_name_decides_the_mask(capsys, mni, tmp_path):
+    """An answer's own query outlines the side that was named."""
+    for side, label, sign in (("left", 3, -1), ("right", 42, 1)):
+        status, out, _ = run(capsys, "ask", mni, f"Segment the {side} cerebral cortex.", "--out", tmp_path / side, "--json")
+        assert status == 0
+        assert f"{side} cerebral cortex" in json.loads(out)["text"]
+        seg = nibabel.load(next((tmp_path / side).glob("*.nii.gz")))
+        labels = np.asarray(seg.dataobj)
+        assert set(np.unique(labels)) == {0, label}
+        where = nibabel.affines.apply_affine(seg.affine, np.argwhere(labels == label))
+        assert len(where) * 8 / 1000 > 50
+        assert sign * where[:, 0].mean() > 15
+
+
 def test_dicom_of_the_same_scan_gives_the_same_answer(capsys, scan, scan_file, tmp_path):
     folder = write_dicom(scan, tmp_path / "dicom")
     answers = [json.loads(run(capsys, "ask", path, "Write a report.", "--json")[1]) for path in (scan_file, folder)]
