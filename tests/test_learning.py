@@ -39,7 +39,7 @@ def runs(request, tmp_path_factory):
     stage("vision", home / "random", image_size=SIZE, steps=1, batch_size=1, warmup=1, num_slices=2, **shared)
     stage("vision", home / "vision", image_size=SIZE, steps=60, batch_size=8, warmup=10, **shared)
     stage("align", home / "align", init=home / "vision", steps=80, batch_size=16, warmup=10, **shared)
-    stage("pretrain", home / "pretrain", init=home / "align", steps=240, batch_size=2, warmup=20, mask_share=0.5, **shared)
+    stage("pretrain", home / "pretrain", init=home / "align", steps=300, batch_size=2, warmup=20, mask_share=0.5, **shared)
     stage("instruct", home / "instruct", init=home / "pretrain", steps=40, batch_size=2, warmup=10, **shared)
     return home
 
