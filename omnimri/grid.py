@@ -16,6 +16,8 @@ from torch import Tensor
 from .anatomy import PLANES
 from .volume import Volume
 
+FINEST_MM = 1.0
+"""Finest spacing of a lattice."""
 NEIGHBOUR_MM = 3.0
 """Distance of the two neighbouring slices that fill the outer image channels."""
 NORMAL = {"axial": 2, "coronal": 1, "sagittal": 0}
@@ -78,16 +80,13 @@ class Grid:
     """Lattice spacing, mm: slice, row, column."""
 
     @classmethod
-    def fit(
-        cls, volume: Volume, *, size: int, plane: str | None = None, min_spacing_mm: float = 1.0, slice_spacing_mm: float = 1.0
-    ) -> Grid:
+    def fit(cls, volume: Volume, *, size: int, plane: str | None = None, slice_spacing_mm: float = FINEST_MM) -> Grid:
         """Lay a lattice of `size` x `size` pixels a slice over the volume's foreground.
 
         Args:
             size: Rows and columns.
             plane: One of `anatomy.PLANES`; the acquisition plane when None.
-            min_spacing_mm: Finest lattice spacing; slices keep their own spacing where that is wider.
-            slice_spacing_mm: Finest distance of slices.
+            slice_spacing_mm: Finest distance of slices; they keep their own where that is wider.
 
         Raises:
             ValueError: the volume has no contrast.
@@ -108,8 +107,8 @@ class Grid:
         signs = [w if float(volume.affine[p, a]) > 0 else -w for p, a, w in zip(patient, axes, want, strict=True)]
         native = [volume.spacing_mm[a] for a in axes]
         extent = [(box[a][1] - box[a][0] + 1) * s for a, s in zip(axes, native, strict=True)]
-        inplane = max(min_spacing_mm, max(extent[1:]) / (size - 8))
-        spacing = [max(min_spacing_mm, slice_spacing_mm, native[0]), inplane, inplane]
+        inplane = max(FINEST_MM, max(extent[1:]) / (size - 8))
+        spacing = [max(slice_spacing_mm, native[0]), inplane, inplane]
         num_slices = max(1, round(extent[0] / spacing[0]))
         step = [sign * s / n for sign, s, n in zip(signs, spacing, native, strict=True)]
         sizes = (num_slices, size, size)

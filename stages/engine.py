@@ -220,8 +220,7 @@ def fit(
             group["lr"] = group["peak"] * config.rate(step)
         window = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(config.accumulate)]
         objective.train()
-        seeds = [stable_hash(f"step {config.seed} {step}") % (1 << 31)] * len(window)
-        values = _step(accelerator, updates, window, seeds)
+        values = _step(accelerator, updates, window, stable_hash(f"step {config.seed} {step}") % (1 << 31))
         objective.after_step(step)
         rate = config.batch_size * world * config.accumulate / (time.perf_counter() - tick)
         bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {"samples/s": f"{rate:.1f}"}, refresh=False)
@@ -249,9 +248,7 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _step(
-    accelerator: Any, updates: Updates, window: list[dict[str, Tensor]], seeds: list[int]
-) -> dict[str, float]:
+def _step(accelerator: Any, updates: Updates, window: list[dict[str, Tensor]], seed: int) -> dict[str, float]:
     """One optimizer step over a window of micro-batches; each term is divided by its count over window and ranks.
 
     What an objective draws comes from the step's own seed, so that counting and training, all micro-batches and all
@@ -259,7 +256,7 @@ def _step(
     """
     totals: dict[str, Tensor] = {}
     if len(window) > 1:
-        for batch, seed in zip(window, seeds, strict=True):
+        for batch in window:
             torch.manual_seed(seed)
             with torch.no_grad(), accelerator.autocast():
                 for name, term in updates.module(batch).items():
@@ -267,7 +264,7 @@ def _step(
         totals = {k: accelerator.reduce(v) for k, v in totals.items()}
     sums: dict[str, float] = {}
     for i, batch in enumerate(window):
-        torch.manual_seed(seeds[i])
+        torch.manual_seed(seed)
         last = i + 1 == len(window)
         with accelerator.autocast(), updates.window(last):
             terms = updates.module(batch)

@@ -122,7 +122,7 @@ def share_changed_by_blanking(folder, records):
     return sum(changed) / len(changed)
 
 
-@pytest.mark.xfail(reason="60 steps do not raise it on this phantom (stages/LOG.md)", strict=False)
+@pytest.mark.xfail(reason="60 steps do not raise it on this phantom (stages/LOG.md)", strict=True)
 def test_stage_1_raises_the_linear_probe(runs, held_out):
     assert probe_accuracy(runs / "vision", held_out) > probe_accuracy(runs / "random", held_out)
 
@@ -152,7 +152,7 @@ def test_stage_3_outlines_structures(dice):
     assert dice["pretrain"][0] > 0.35, dice
 
 
-@pytest.mark.xfail(reason="takes more steps than a test has time for (stages/LOG.md)", strict=False)
+@pytest.mark.xfail(reason="takes more steps than a test has time for (stages/LOG.md)", strict=True)
 def test_stage_3_outlines_what_is_named(dice):
     assert dice["pretrain"][1] >= 0.7
 
