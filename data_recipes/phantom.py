@@ -59,6 +59,7 @@ class Phantom(Recipe):
             head_centre=torch.tensor([0.0, 4, 0]),
             mirror=self.mirror,
             variation=0.3,
+            sequences=(0.24, 0.19, 0.24, 0.08, 0.23, 0.02),
         )
         found = scan_record(
             g, scan, lambda p: head_codes(p, jitter), size=self.image_size, with_kspace=self.with_kspace, device=self.device

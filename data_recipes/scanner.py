@@ -104,12 +104,14 @@ def draw_scan(
     mirror: bool,
     normal_share: float = 0.4,
     variation: float = 1.0,
+    sequences: tuple[float, ...] = (0.5, 0.12, 0.13, 0.03, 0.16, 0.06),
 ) -> Scan:
     """Draw plane, slices, field of view and sequence.
 
     Args:
         brain_box: Lowest and highest corner of the brain, (3,) mm each.
         head_centre: (3,) mm, middle of the whole head.
+        sequences: Share of each of `SEQUENCES`.
     """
     plane = pick(g, PLANES, (0.7, 0.15, 0.15))
     low, high = brain_box
@@ -129,7 +131,7 @@ def draw_scan(
     field = 192.0 / size
     spacing = field * ((0.95 + 0.25 * variation * uniform(g, 0, 1)) if stripped else (1.1 + 0.35 * variation * uniform(g, 0, 1)))
     return Scan(
-        sequence=pick(g, SEQUENCES, (0.5, 0.12, 0.13, 0.03, 0.16, 0.06 * variation)),
+        sequence=pick(g, SEQUENCES, sequences),
         plane=plane,
         positions_mm=(torch.arange(num_slices) - (num_slices - 1) / 2) * gap,
         spacing_mm=(gap, spacing, spacing),

@@ -136,8 +136,10 @@ def load_weights(model: OmniMRI, folder: str | Path) -> tuple[list[str], list[st
     if not fits:
         raise ValueError(f"expected weights of this model in {folder}, got {len(tensors)} tensors of which none matches")
     model.load_state_dict({n: t.to(own[n].dtype) for n, t in fits.items()}, strict=False)
-    tied = set(model._tied_weights_keys or {})
-    return sorted(fits), sorted(set(own) - set(fits) - tied), sorted(set(named) - set(fits))
+    settled = set(model._tied_weights_keys or {})
+    # Running statistics start as identity: a checkpoint from before they existed is whole without them.
+    settled |= {n for n in own if n.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    return sorted(fits), sorted(set(own) - set(fits) - settled), sorted(set(named) - set(fits))
 
 
 def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[OmniMRI, PreTrainedTokenizerBase, str]:

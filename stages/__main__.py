@@ -15,6 +15,8 @@ from . import STAGES
 
 DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
              "mask_share": float, "word_share": float}
+RATE = "learning_rate."
+"""`--set learning_rate.GLOB=RATE` goes before the stage's own rates; 0 freezes."""
 
 
 def build_recipe(name: str, data: str | None, model_size: int, settings: dict[str, Any], *, kspace: bool, numbers: Any) -> Any:
@@ -31,7 +33,7 @@ def build_recipe(name: str, data: str | None, model_size: int, settings: dict[st
     raise ValueError(f"unknown recipe {name!r}; expected phantom or synthetic")
 
 
-def recipe_tokenizer(*, vocab_size: int, records: int = 1500) -> Any:
+def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
     """A tokenizer trained on the recipes' wordings: records of a phantom, whose text has every recipe's grammar."""
     from data_recipes import Phantom
     from omnimri.anatomy import NAMES
@@ -73,11 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     stage = importlib.import_module(STAGES[args.stage])
     types = {f.name: f.type for f in fields(FitConfig)}
     settings: dict[str, Any] = {}
+    rates: dict[str, float] = {}
     try:
         for item in args.set:
             key, sep, value = item.partition("=")
+            if sep and key.startswith(RATE):
+                rates[key.removeprefix(RATE)] = float(value)
+                continue
             if not sep or (key not in DATA_KEYS and key not in types) or key == "learning_rate":
-                known = sorted({*DATA_KEYS, *types} - {"learning_rate"})
+                known = [*sorted({*DATA_KEYS, *types} - {"learning_rate"}), f"{RATE}GLOB"]
                 raise ValueError(f"--set {item!r}: expected KEY=VALUE with a key from {', '.join(known)}")
             convert = DATA_KEYS.get(key) or {"int": int, "float": float, "bool": lambda v: v == "true", "str": str}[types[key]]
             settings[key] = convert(value)
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             return stage.Source(Mixture({recipe: 1.0}, seed=seed), tokenizer, model)
 
         values = {**stage.DEFAULTS, **{k: v for k, v in settings.items() if k in types}}
-        fit_config = FitConfig(learning_rate=stage.LEARNING_RATE, **values)
+        fit_config = FitConfig(learning_rate=rates | {k: v for k, v in stage.LEARNING_RATE.items() if k not in rates}, **values)
         training, validation = source(TRAINING_MAPS), source(CHOOSING_MAPS) if name == "synthetic" else None
         extra = {k: settings[k] for k in ("mask_share", "word_share") if k in settings}
         if extra and not stage.NEEDS_KSPACE:
@@ -118,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer=tokenizer,
             init=args.init,
             validation=validation,
-            provenance=provenance(args, stage, settings, source_of_weights),
+            provenance=provenance(args, stage, settings | {RATE + k: v for k, v in rates.items()}, source_of_weights),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -110,20 +110,20 @@ def parameter_groups(module: nn.Module, config: FitConfig) -> list[dict[str, Any
     Raises:
         ValueError: a glob matches no parameter.
     """
-    used: dict[str, int] = dict.fromkeys(config.learning_rate, 0)
+    used: set[str] = set()
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         short = name.removeprefix("model.")
         matched = next((g for g in config.learning_rate if fnmatchcase(short, g)), None)
         moves = matched is not None and config.learning_rate[matched] > 0 and not name.startswith("teacher")
         parameter.requires_grad_(moves)
-        if matched is not None and not name.startswith("teacher"):
-            used[matched] += 1
+        if not name.startswith("teacher"):
+            used |= {g for g in config.learning_rate if fnmatchcase(short, g)}
         if matched is None or not moves:
             continue
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((config.learning_rate[matched], decay), []).append(parameter)
-    unused = [g for g, n in used.items() if n == 0]
+    unused = [g for g in config.learning_rate if g not in used]
     if unused:
         raise ValueError(f"learning-rate globs that match no parameter: {unused}; see named_parameters()")
     return [{"params": p, "lr": lr, "peak": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
@@ -173,7 +173,7 @@ def fit(
     Returns:
         The last validation's numbers.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from tqdm import tqdm
 
     accelerator = Accelerator(
@@ -182,6 +182,7 @@ def fit(
         cpu=config.cpu or not torch.accelerator.is_available(),
         log_with="tensorboard",
         project_dir=str(out),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     resumed = newest_good(out)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator, uniform
-from omnimri.conversation import Message
+from omnimri.conversation import Message, render
 from omnimri.example import LESION_CLASS, Example, Record, collate, prepare
 from omnimri.grounding import pool_evidence
 from omnimri.model.omnimri import OmniMRI
@@ -22,17 +22,27 @@ from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"match": 2.0, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
+WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count)."""
 
 
-def dialogue(record: Record, g: torch.Generator) -> list[Message]:
-    """All exchanges of a record in a drawn order."""
-    order = torch.randperm(len(record.conversations), generator=g).tolist()
-    return [message for k in order for message in record.conversations[k]]
+TALK_TOKENS = 280
+"""Most tokens of exchanges a study; attention costs their square."""
+
+
+def dialogue(record: Record, g: torch.Generator, tokenizer: Any) -> list[Message]:
+    """Exchanges of a record in a drawn order, as many as fit."""
+    chosen: list[Message] = []
+    left = TALK_TOKENS
+    for k in torch.randperm(len(record.conversations), generator=g).tolist():
+        left -= len(render(record.conversations[k], tokenizer).ids)
+        if chosen and left < 0:
+            break
+        chosen += record.conversations[k]
+    return chosen
 
 
 class DialogueSource:
@@ -43,10 +53,10 @@ class DialogueSource:
         self.sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
 
     def example(self, index: int) -> Example:
-        """Record `index` with all its exchanges in a drawn order; half of the cards hide the sequence."""
+        """Record `index` with exchanges in a drawn order; half of the cards hide the sequence."""
         record = self.mixture.record(index)
         g = generator(self.mixture.seed, "dialogue", index)
-        conversation, shown = dialogue(record, g), uniform(g, 0, 1) < 0.5
+        conversation, shown = dialogue(record, g, self.tokenizer), uniform(g, 0, 1) < 0.5
         return prepare(record, conversation, self.tokenizer, show_sequence=shown, **self.sizes)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -79,7 +89,7 @@ class GroundedDialogue(Objective):
         self.model, self.mask_share, self.word_share = model, mask_share, word_share
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
-        """Loss terms of this step's tasks; what takes no part gets a zero gradient, so that ranks agree."""
+        """Loss terms of this step's tasks; what takes no part gets no gradient, and the optimizer leaves it as it is."""
         phase, draw = int(torch.randint(4, ())), float(torch.rand(()))
         masks, words = True, True
         if self.training:
@@ -91,10 +101,6 @@ class GroundedDialogue(Objective):
             losses |= self.speak(batch, phase, seen)
         if words:
             losses |= self.ask(batch, phase, seen) if masks else self.stand(batch, seen, 1)[0]
-        if not (words and masks):
-            name, (total, count) = next(iter(losses.items()))
-            idle = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
-            losses[name] = (total + 0.0 * idle, count)
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}
 
     def see(self, batch: dict[str, Tensor], phase: int, masks: bool) -> dict[str, Any]:
@@ -102,11 +108,11 @@ class GroundedDialogue(Objective):
 
         Args:
             phase: Which pixel of each 2 x 2 block is predicted.
-            masks: Whether pixel features learn.
+            masks: Whether patch and pixel features learn.
         """
         model, head = self.model, self.model.heads["segment"]
-        patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
         with torch.set_grad_enabled(masks and torch.is_grad_enabled()):
+            patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
             pixels = model.pixels(batch["images"], patches, batch["positions_mm"])
         feature = pixels.phase(phase)
         logits = head.logits(head.table.expand(len(batch["images"]), -1, -1), feature) if masks else None

@@ -16,14 +16,15 @@ from omnimri.model.omnimri import OmniMRI
 
 from .engine import Objective, Term
 
-LEARNING_RATE = {"vision.backbone.*": 1e-3, "student_*": 1e-3}
+LEARNING_RATE = {"vision.backbone.*": 5e-4, "student_*": 1e-3}
 DEFAULTS = {"steps": 600, "batch_size": 8, "weight_decay": 0.04}
 NEEDS_KSPACE = False
 LOCAL_CROPS = 2
 """Small crops a view; 0 switches them off."""
 SLICES = 2
 """Slices taken of each record."""
-TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.05, 0.1
+TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.04, 0.1
+PROTOTYPES, MOMENTUM = 256, 0.98
 
 
 class Source:
@@ -33,7 +34,7 @@ class Source:
         vision = model.config.vision_config
         self.mixture, self.patch = mixture, vision.patch_size
         side = vision.image_size // vision.patch_size
-        self.large, self.small = max(2, 2 * side // 3) * self.patch, max(2, side // 3) * self.patch
+        self.large, self.small = max(4, 2 * side // 3) * self.patch, max(2, side // 3) * self.patch
 
     def example(self, index: int) -> dict[str, Tensor]:
         """`large` (SLICES, 2, 3, c, c), `small` (SLICES, LOCAL_CROPS, 3, d, d), `mask` (SLICES, 2, patches)."""
@@ -73,13 +74,28 @@ class Source:
 class _Head(nn.Module):
     """Three layers, then unit-length prototypes."""
 
-    def __init__(self, width: int, prototypes: int = 1024) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 128))
-        self.prototypes = nn.Linear(128, prototypes, bias=False)
+        for layer in self.mlp[::2]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Linear(128, PROTOTYPES, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.normalize(self.mlp(x).float(), dim=-1), F.normalize(self.prototypes.weight.float(), dim=-1))
+
+
+def sinkhorn_knopp(logits: Tensor, rounds: int = 3) -> Tensor:
+    """Of (N, K) logits, soft assignments (N, K) that use all prototypes alike over all ranks' examples (arXiv 2304.07193)."""
+    q = logits.float().softmax(-1)
+    for _ in range(rounds):
+        used = q.sum(0)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(used)
+        q = q / used.clamp(min=1e-12)
+        q = q / q.sum(1, keepdim=True).clamp(min=1e-12)
+    return q
 
 
 class SelfDistillation(Objective):
@@ -93,9 +109,6 @@ class SelfDistillation(Objective):
         self.student_image, self.student_patch = _Head(width), _Head(width)
         self.teacher_backbone = copy.deepcopy(model.vision.backbone)
         self.teacher_image, self.teacher_patch = copy.deepcopy(self.student_image), copy.deepcopy(self.student_patch)
-        self.register_buffer("centre_image", torch.zeros(1024))
-        self.register_buffer("centre_patch", torch.zeros(1024))
-        self.pending: list[tuple[Tensor, Tensor]] = []
 
     def after_init(self) -> None:
         """Start the teacher from the weights just loaded."""
@@ -112,14 +125,8 @@ class SelfDistillation(Objective):
         views, masks = large.transpose(0, 1).flatten(0, 1), mask.transpose(0, 1).flatten(0, 1)
         with torch.no_grad():
             seen = self.teacher_backbone(views).last_hidden_state
-            t_image = self.teacher_image(seen[:, 0]) / TEACHER_TEMPERATURE
-            t_patch = self.teacher_patch(seen[:, self.prefix :][masks]) / TEACHER_TEMPERATURE
-            image_target = (t_image - self.centre_image / TEACHER_TEMPERATURE).softmax(-1)
-            patch_target = (t_patch - self.centre_patch / TEACHER_TEMPERATURE).softmax(-1)
-            if self.training:
-                zero = torch.zeros_like(self.centre_patch)
-                self.pending.append((t_image.mean(0) * TEACHER_TEMPERATURE,
-                                     t_patch.mean(0) * TEACHER_TEMPERATURE if len(t_patch) else zero))
+            image_target = sinkhorn_knopp(self.teacher_image(seen[:, 0]) / TEACHER_TEMPERATURE)
+            patch_target = sinkhorn_knopp(self.teacher_patch(seen[:, self.prefix :][masks]) / TEACHER_TEMPERATURE)
         out = self.model.vision.backbone(views, bool_masked_pos=masks).last_hidden_state
         said = [*(self.student_image(out[:, 0]) / STUDENT_TEMPERATURE).log_softmax(-1).chunk(2)]
         if small.shape[1]:
@@ -146,18 +153,11 @@ class SelfDistillation(Objective):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Move the teacher toward the student, and the centres toward the teacher's means."""
-        momentum = 1 - (1 - 0.992) * (1 - step / max(1, self.steps))
+        """Move the teacher toward the student."""
+        momentum = 1 - (1 - MOMENTUM) * (1 - step / max(1, self.steps))
         for slow, fast in self._teacher():
             for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
                 a.lerp_(b.to(a.dtype), 1 - momentum)
-        for k, centre in enumerate((self.centre_image, self.centre_patch)):
-            mean = torch.stack([p[k] for p in self.pending]).mean(0)
-            if torch.distributed.is_initialized():
-                torch.distributed.all_reduce(mean)
-                mean = mean / torch.distributed.get_world_size()
-            centre.lerp_(mean.to(centre.dtype), 0.1)
-        self.pending.clear()
 
 
 def build(model: OmniMRI, steps: int) -> Objective:

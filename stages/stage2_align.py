@@ -19,7 +19,7 @@ LEARNING_RATE = {
     "vision.*": 2e-4,
     "projector.*": 1e-3,
     "language.*": 1e-3,
-    "heads.contrast.*": 1e-3,
+    "heads.contrast.*": 3e-3,
 }
 DEFAULTS = {"steps": 300, "batch_size": 16}
 NEEDS_KSPACE = False
@@ -75,14 +75,16 @@ def image_vector(model: OmniMRI, batch: dict[str, Tensor]) -> Tensor:
     """(B, E) unit vectors of studies through vision and projector."""
     patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
     seen = model.look(patches, batch["chosen"])
-    return F.normalize(model.heads["contrast"].image(seen.mean(1)).float(), dim=-1)
+    head = model.heads["contrast"]
+    return F.normalize(head.image(head.image_norm(seen.mean(1))).float(), dim=-1)
 
 
 def text_vector(model: OmniMRI, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, E) unit vectors of texts: the language model's states, averaged."""
     out = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).hidden_states[0]
     weight = mask[..., None].to(out.dtype)
-    return F.normalize(model.heads["contrast"].text((out * weight).sum(1) / weight.sum(1)).float(), dim=-1)
+    head = model.heads["contrast"]
+    return F.normalize(head.text(head.text_norm((out * weight).sum(1) / weight.sum(1))).float(), dim=-1)
 
 
 def build(model: OmniMRI, steps: int) -> Objective:

@@ -56,7 +56,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.op
     """
     betas = (0.9, 0.95 if config.steps < 5000 else 0.99)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
     if config.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 

@@ -21,7 +21,13 @@ from stages.stage2_align import image_vector, text_vector
 
 pytestmark = pytest.mark.timeout(1800)
 SEEDS = range(int(os.environ.get("OMNIMRI_SEEDS", "1")))
-SIZE = 64
+SIZE, SLICES = 64, 2
+ASKS = {
+    "<segment>": ("Segment the left thalamus.", "Where is the right putamen?", "Outline the brain-stem.", "Please mark the left caudate."),
+    "<detect>": ("Find lesions.", "Are there any lesions?", "Is this brain normal?", "Is there a tumour?"),
+    "<report>": ("Write a report.", "Report this study.", "What do you see?", "Summarise the findings."),
+    "<reconstruct>": ("Reconstruct this.", "Make an image from the k-space.", "Run the reconstruction please.", "Reconstruct the image."),
+}
 
 
 def stage(name, out, *, init=None, **settings):
@@ -35,19 +41,22 @@ def stage(name, out, *, init=None, **settings):
 def runs(request, tmp_path_factory):
     """The four stages, and random weights of the same shape."""
     home, seed = tmp_path_factory.mktemp("runs"), request.param
-    shared = {"seed": seed, "workers": 1}
-    stage("vision", home / "random", image_size=SIZE, steps=1, batch_size=1, warmup=1, num_slices=2, **shared)
-    stage("vision", home / "vision", image_size=SIZE, steps=60, batch_size=8, warmup=10, **shared)
-    stage("align", home / "align", init=home / "vision", steps=80, batch_size=16, warmup=10, **shared)
-    stage("pretrain", home / "pretrain", init=home / "align", steps=300, batch_size=2, warmup=20, mask_share=0.5, **shared)
-    stage("instruct", home / "instruct", init=home / "pretrain", steps=40, batch_size=2, warmup=10, **shared)
+    shared = {"seed": seed, "workers": 1, "num_slices": SLICES, "warmup": 10}
+    stage("vision", home / "random", image_size=SIZE, steps=1, batch_size=1, **shared)
+    stage("vision", home / "vision", image_size=SIZE, steps=60, batch_size=8, **shared)
+    # Both towers stay as they are, as in locked-image tuning: so short a run would only unsettle them.
+    locked = {"learning_rate.vision.*": 0, "learning_rate.language.*": 0}
+    stage("align", home / "align", init=home / "vision", steps=80, batch_size=32, **locked, **shared)
+    shares = {"mask_share": 0.3, "word_share": 0.62}
+    stage("pretrain", home / "pretrain", init=home / "align", steps=640, batch_size=3, **shares, **shared)
+    stage("instruct", home / "instruct", init=home / "pretrain", steps=20, batch_size=3, **shared)
     return home
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    source = Phantom(image_size=SIZE, num_slices=4)
-    return [source.record(999, i) for i in range(48)]
+    source = Phantom(image_size=SIZE, num_slices=SLICES)
+    return [source.record(999, i) for i in range(96)]
 
 
 def batch_of(model, tokenizer, records):
@@ -56,8 +65,8 @@ def batch_of(model, tokenizer, records):
 
 
 @torch.inference_mode()
-def probe_accuracy(folder, records):
-    """Balanced accuracy of a ridge probe from frozen patch features to the commonest tissue of each patch."""
+def probe_dice(folder, records):
+    """Mean Dice of a ridge probe from frozen patch features to the commonest tissue of each patch."""
     model, _, _ = load_model(folder)
     features, targets = [], []
     patch = model.config.vision_config.patch_size
@@ -66,7 +75,7 @@ def probe_accuracy(folder, records):
         labels = torch.nn.functional.one_hot(record.labels.long(), 33).float().permute(0, 3, 1, 2)
         features.append(patches.flatten(0, 1))
         targets.append(torch.nn.functional.avg_pool2d(labels, patch).flatten(2).transpose(1, 2).flatten(0, 1))
-    half = len(features) // 2
+    half = 2 * len(features) // 3
     x, y = torch.cat(features[:half]).double(), torch.cat(targets[:half]).double()
     mean, std = x.mean(0), x.std(0) + 1e-6
     x = torch.cat([(x - mean) / std, torch.ones(len(x), 1)], 1)
@@ -79,12 +88,14 @@ def probe_accuracy(folder, records):
 
 @torch.inference_mode()
 def dice_of_queries(folder, records):
-    """Mean Dice of the structures pooled over held-out studies, by (the table, the language model's queries)."""
+    """Mean over held-out studies of the mean Dice of the structures in it, by (the table, the language model's queries)."""
     model, tokenizer, _ = load_model(folder)
     source = DialogueSource(SimpleNamespace(record=records.__getitem__, seed=0), tokenizer, model)
-    batch = source.collate([source.example(i) for i in range(len(records))])
-    found = GroundedDialogue(model).eval().metrics(batch)
-    return tuple(float(found[k].sum / found[k].count) for k in ("dice_table", "dice_queries"))
+    objective, found = GroundedDialogue(model).eval(), []
+    for i in range(len(records)):
+        metrics = objective.metrics(source.collate([source.example(i)]))
+        found.append([float(metrics[k].sum / metrics[k].count) for k in ("dice_table", "dice_queries")])
+    return tuple(sum(values) / len(records) for values in zip(*found, strict=True))
 
 
 @torch.inference_mode()
@@ -103,7 +114,7 @@ def reply(model, tokenizer, record, ask):
         input_ids=ids,
         visual=model.look(patches, batch["chosen"]),
         evidence=model.evidence(pooled[:, rows[0]], rows.clamp(max=LESION_CLASS)),
-        max_new_tokens=48,
+        max_new_tokens=24,
         do_sample=False,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.pad_token_id,
@@ -122,39 +133,34 @@ def share_changed_by_blanking(folder, records):
     return sum(changed) / len(changed)
 
 
-@pytest.mark.xfail(reason="60 steps do not raise it on this phantom (stages/LOG.md)", strict=True)
 def test_stage_1_raises_the_linear_probe(runs, held_out):
-    assert probe_accuracy(runs / "vision", held_out) > probe_accuracy(runs / "random", held_out)
+    assert probe_dice(runs / "vision", held_out) > probe_dice(runs / "random", held_out)
 
 
 @torch.inference_mode()
 def test_stage_2_retrieves_captions(runs, held_out):
-    def retrieval(folder):
-        model, tokenizer, _ = load_model(folder)
-        batch = batch_of(model, tokenizer, held_out)
-        image, text = image_vector(model, batch), text_vector(model, batch["caption_ids"], batch["caption_mask"])
-        same = batch["facts"][:, None] == batch["facts"][None]
-        hits = same[torch.arange(len(image)), (image @ text.T).argmax(1)].float().mean()
-        return float(hits), float(same.float().mean())
-
-    hits, chance = retrieval(runs / "align")
-    assert hits >= 3 * chance, (hits, chance)
+    model, tokenizer, _ = load_model(runs / "align")
+    batch = batch_of(model, tokenizer, held_out)
+    image, text = image_vector(model, batch), text_vector(model, batch["caption_ids"], batch["caption_mask"])
+    same = batch["facts"][:, None] == batch["facts"][None]
+    hits = float(same[torch.arange(len(image)), (image @ text.T).argmax(1)].float().mean())
+    assert hits >= 5 * float(same.float().mean()), (hits, float(same.float().mean()))
 
 
-@pytest.fixture(scope="module")
-def dice(runs, held_out):
-    """Dice by (the table, the language model's queries) before and after stage 3."""
-    return {k: dice_of_queries(runs / k, held_out[:32]) for k in ("align", "pretrain")}
+def test_stage_3_outlines_what_is_named(runs, held_out):
+    before, after = (dice_of_queries(runs / k, held_out[:32]) for k in ("align", "pretrain"))
+    assert max(before) < 0.1
+    assert min(after) >= 0.7, after
 
 
-def test_stage_3_outlines_structures(dice):
-    assert max(dice["align"]) < 0.1
-    assert dice["pretrain"][0] > 0.35, dice
-
-
-@pytest.mark.xfail(reason="takes more steps than a test has time for (stages/LOG.md)", strict=True)
-def test_stage_3_outlines_what_is_named(dice):
-    assert dice["pretrain"][1] >= 0.7
+def test_stage_4_chooses_the_task(runs, held_out):
+    model, tokenizer, _ = load_model(runs / "instruct")
+    wanted = [(token, ask) for asks in zip(*ASKS.values(), strict=True) for token, ask in zip(ASKS, asks, strict=True)] * 3
+    right = 0
+    for record, (token, ask) in zip(held_out, wanted, strict=False):
+        said = re.search("|".join(ASKS), reply(model, tokenizer, record, ask))
+        right += said is not None and said[0] == token
+    assert right >= 0.95 * len(wanted), (right, len(wanted))
 
 
 def test_stage_4_needs_the_image(runs, held_out):
