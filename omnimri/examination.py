@@ -130,7 +130,7 @@ def examine(
     num_slices = len(example.chosen)
     source, sequence = "header", volume.sequence
     if sequence == "unknown":
-        source, sequence = "image", _infer_sequence(model, tokenizer, grid.plane, visual, num_slices)
+        source, sequence = "image", infer_sequence(model, tokenizer, grid.plane, visual, num_slices)
     states = _query_states(model, tokenizer, grid.plane, sequence, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
     fine, heat = _decode(model, example, states["<detect>"])
@@ -240,7 +240,7 @@ def _look(
     return example, model.look(shown, torch.arange(len(chosen))[None]), shown
 
 
-def _infer_sequence(
+def infer_sequence(
     model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, visual: Tensor, num_slices: int
 ) -> str:
     """The sequence whose words the language model finds likeliest after the image."""
