@@ -192,6 +192,24 @@ def ground_plane(question: str, raw: str, plane: str) -> tuple[str, tuple[str, .
     return raw, notes
 
 
+_SEQUENCE = re.compile(r"\b(contrast-enhanced|[Cc]ontrast agent|T1|T2|FLAIR|[Pp]roton|PD)")
+UNKNOWN_SEQUENCE = "The sequence cannot be told from the image."
+
+
+def ground_sequence(raw: str) -> tuple[str, tuple[str, ...]]:
+    """Where neither header nor checkpoint tells the sequence: every sentence that names one gives way to one that says so.
+
+    Returns:
+        The text and notes on what was changed.
+    """
+    task = re.match(r"(<\w+> )?", raw)[0]  # type: ignore[index]
+    parts = sentences(raw.removeprefix(task))
+    kept = [s for s in parts if not _SEQUENCE.search(s)]
+    if len(kept) == len(parts):
+        return raw, ()
+    return task + " ".join([UNKNOWN_SEQUENCE, *kept]), ("a sequence was named that this checkpoint cannot tell; the sentence was removed",)
+
+
 def _place_fits(sentence: str, lesion: Lesion) -> bool:
     """Whether the place and side in a sentence are those of the lesion, where it names any."""
     named = [n for n in NAMES if n in sentence]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, names_in, resolve_names
-from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, ground_plane, lesion_measures, sentences
+from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, ground_plane, ground_sequence, lesion_measures, sentences
 from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
@@ -166,7 +166,9 @@ class Assistant:
         if task == "segment" and "<segment>" not in raw:
             raw = "Every structure is outlined <segment>."
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-        raw, notes = ground_plane(question, raw, seen.plane)
+        raw, notes = ground_sequence(raw) if seen.sequence == "other" else (raw, ())
+        raw, more = ground_plane(question, raw, seen.plane)
+        notes += more
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
         if chosen is None:
             chosen = "segment" if "<segment>" in raw else "text"

@@ -130,7 +130,10 @@ def examine(
     num_slices = len(example.chosen)
     source, sequence = "header", volume.sequence
     if sequence == "unknown":
-        source, sequence = "image", infer_sequence(model, tokenizer, grid.plane, visual, num_slices)
+        source, sequence = "image", "other"
+        # A checkpoint that calls every image by one name (measured at its release) must not name any.
+        if getattr(model.config, "reads_sequence", False):
+            sequence = infer_sequence(model, tokenizer, grid.plane, visual, num_slices)
     states = _query_states(model, tokenizer, grid.plane, sequence, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
     fine, heat = _decode(model, example, states["<detect>"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from omnimri.answer import fill_slots, ground_lesions, ground_plane, lesion_measures
+from omnimri.answer import fill_slots, ground_lesions, ground_plane, ground_sequence, lesion_measures
 from omnimri.conversation import plain_ids
 from omnimri.examination import Lesion
 from omnimri.measure import Measured
@@ -100,3 +100,14 @@ def test_questions_name_structures():
     assert names_in("the left inferior lateral ventricle") == ("left inferior lateral ventricle",)
     assert names_in("Where is the 3rd ventricle?") == ("3rd ventricle",)
     assert names_in("Write a report.") == ()
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [("This is a T1-weighted MRI.", "The sequence cannot be told from the image."),
+     ("<report> Axial FLAIR MRI of the brain. Visible are the thalami.",
+      "<report> The sequence cannot be told from the image. Visible are the thalami."),
+     ("The plane is axial.", "The plane is axial.")],
+)
+def test_no_sequence_is_named_that_cannot_be_told(raw, told):
+    assert ground_sequence(raw)[0] == told
