@@ -21,7 +21,6 @@ from omnimri.tasks import Detect, Reconstruct, Report, Segment
 from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
-from .sequence import sequence_loss
 
 WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
@@ -99,7 +98,8 @@ class GroundedDialogue(Objective):
         seen = self.see(batch, phase, masks)
         losses = Segment().loss(seen["masks"], Segment().target(batch, phase)) if masks else {}
         if words:
-            losses |= self.speak(batch, phase, seen) | {"sequence": sequence_loss(self.model, batch, seen["visual"])}
+            losses |= self.speak(batch, phase, seen)
+        if words:
             losses |= self.ask(batch, phase, seen) if masks else self.stand(batch, seen, 1)[0]
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}
 
@@ -136,20 +136,20 @@ class GroundedDialogue(Objective):
         return Report().loss(told.logits, Report().target(batch))
 
     def stand(self, batch: dict[str, Tensor], seen: dict[str, Any], first: int) -> tuple[Losses, dict[str, Tensor]]:
-        """The standing exchange of the first studies of a batch: every structure's query.
+        """The standing exchange of the first studies of a batch: sequence, and every structure's query.
 
         Returns:
             Losses, and hidden states by task token.
         """
         ids = batch["query_ids"][:first]
-        mask, visual = batch["query_mask"][:first], seen["visual"][:first]
-        out = self.model(input_ids=ids, attention_mask=mask, visual=visual, logits_to_keep=1)
+        out = self.model(input_ids=ids, attention_mask=batch["query_mask"][:first], visual=seen["visual"][:first])
         states = {t: self.model.hidden_at(ids, out.hidden_states[0], t)[1] for t in ("<segment>", "<detect>", "<reconstruct>")}
         queries = self.model.heads["segment"].queries(states["<segment>"].view(first, LESION_CLASS, -1))
         classes = torch.arange(1, LESION_CLASS + 1, device=ids.device).repeat(first)
         _, named, spoken = seen["spoken"]
         match = self.match(torch.cat([queries.flatten(0, 1), spoken]), torch.cat([classes, named]))
-        return {"match": match}, {**states, "queries": queries}
+        sequence = Report().loss(out.logits, batch["query_labels"][:first])["text"]
+        return {"match": match, "sequence": sequence}, {**states, "queries": queries}
 
     def ask(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any], swap: float = 0.5) -> Losses:
         """What the standing exchange drives: masks of its queries, boxes and reconstruction.
