@@ -59,19 +59,21 @@ def num_evidence(lesion_places: Sequence[str]) -> int:
     return len(NAMES) + min(len(lesion_places), MAX_LESION_EVIDENCE)
 
 
-QUERY_REQUEST = "Sequence, then every structure."
+QUERY_REQUEST = "Every structure."
 QUERY_NAMES = (*NAMES, LESION)
 
 
-def query_messages(sequence: str) -> tuple[Message, Message]:
+def query_messages() -> tuple[Message, Message]:
     """The exchange whose hidden states are the study's standing queries: one `<segment>` for each of `QUERY_NAMES`,
     then `<detect>` and `<reconstruct>`.
     """
     named = " ".join(f"{name} <segment>" for name in QUERY_NAMES)
-    return (
-        Message("user", QUERY_REQUEST),
-        Message("assistant", f"{SEQUENCE_WORDS[sequence]}. {named} <detect> <reconstruct>"),
-    )
+    return Message("user", QUERY_REQUEST), Message("assistant", f"{named} <detect> <reconstruct>")
+
+
+def sequence_messages(sequence: str) -> tuple[Message, Message]:
+    """The exchange that reads the sequence off the image and the evidence of its masks, where no header tells it."""
+    return Message("user", "Which sequence?"), Message("assistant", f"{SEQUENCE_WORDS[sequence]}.")
 
 
 def render(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCE_WORDS, SEQUENCES
-from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render
+from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCES
+from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render, sequence_messages
 from .example import LESION_CLASS, Example, Record, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
@@ -128,20 +128,14 @@ def examine(
     example, visual, shown = _look(model, tokenizer, volume, grid)
     score = scope_score(model, shown)
     num_slices = len(example.chosen)
-    source, sequence = "header", volume.sequence
-    if sequence == "unknown":
-        source, sequence = "image", "other"
-        # A checkpoint that calls every image by one name (measured at its release) must not name any.
-        if getattr(model.config, "reads_sequence", False):
-            sequence = infer_sequence(model, tokenizer, grid.plane, visual, num_slices)
-    states = _query_states(model, tokenizer, grid.plane, sequence, visual, num_slices)
+    states = _query_states(model, tokenizer, grid.plane, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
     fine, heat = _decode(model, example, states["<detect>"])
     views = [View(grid, fine, queries)]
     for plane in more_planes(volume, grid.plane) if score <= 1.0 else ():
         other = Grid.fit(volume, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
         turned, seen_there, _ = _look(model, tokenizer, volume, other)
-        asked = _query_states(model, tokenizer, plane, sequence, seen_there, len(turned.chosen))
+        asked = _query_states(model, tokenizer, plane, seen_there, len(turned.chosen))
         turned_fine, _ = _decode(model, turned, asked["<detect>"])
         views.append(View(other, turned_fine, model.heads["segment"].queries(asked["<segment>"][None])))
     logits = [(structure_logits(model, v.queries, v.fine), v.grid) for v in views]
@@ -161,15 +155,23 @@ def examine(
     lesions = tuple(
         _lesion(rank, ranks, labels, probability, volume, grid, boxes) for rank in range(1, len(sizes_voxels) + 1)
     )
+    places = tuple(lesion.place for lesion in lesions)
+    evidence = _evidence(model, grid, example, fine, labels, ranks, len(lesions))
+    source, sequence = "header", volume.sequence
+    if sequence == "unknown":
+        source = "image"
+        sequence, share = infer_sequence(model, tokenizer, grid.plane, visual, evidence)
+        # Chosen at release; a checkpoint without it must not name any.
+        if share < getattr(model.config, "sequence_threshold", 2.0):
+            sequence = "other"
     record = Record(
         images=example.images,
         positions_mm=grid.positions_mm,
         plane=grid.plane,
         spacing_mm=grid.spacing_mm,
         sequence=sequence,
-        lesion_places=tuple(lesion.place for lesion in lesions),
+        lesion_places=places,
     )
-    evidence = _evidence(model, grid, example, fine, labels, ranks, len(lesions))
     return Examination(
         volume=volume,
         views=tuple(views),
@@ -244,27 +246,30 @@ def _look(
 
 
 def infer_sequence(
-    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, visual: Tensor, num_slices: int
-) -> str:
-    """The sequence whose words the language model finds likeliest after the image."""
-    tokens = num_slices * model.config.tokens_per_slice
-    scores = {}
+    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, visual: Tensor, evidence: Tensor
+) -> tuple[str, float]:
+    """The sequence whose words the language model finds likeliest after the image and the evidence of its structures, and
+    its share of the probability.
+
+    An image called T1-weighted may have been taken with contrast agent or without: it is no less T1-weighted.
+    """
+    study, scores = card(plane, None, ()), []
     for sequence in SEQUENCES:
-        rendered = render(query_messages(sequence), tokenizer, study=card(plane), num_image_tokens=tokens)
-        words = len(tokenizer(f"{SEQUENCE_WORDS[sequence]}.", add_special_tokens=False)["input_ids"])
-        start = next(i for i, label in enumerate(rendered.labels) if label != IGNORE)
-        ids = torch.tensor([rendered.ids[: start + words]])
-        logits = model(input_ids=ids, visual=visual).logits[0, start - 1 : -1].log_softmax(-1)
-        scores[sequence] = float(logits.gather(1, ids[0, start:, None]).sum())
-    return max(scores, key=lambda s: scores[s])
+        rendered = render(sequence_messages(sequence), tokenizer, study=study, num_image_tokens=visual.shape[1])
+        ids, labels = torch.tensor([rendered.ids]), torch.tensor(rendered.labels)[1:]
+        logits = model(input_ids=ids, visual=visual, evidence=evidence[:, : len(NAMES)]).logits[0, :-1].log_softmax(-1)[labels != IGNORE]
+        scores.append(float(logits.gather(1, labels[labels != IGNORE, None]).sum()))
+    share = dict(zip(SEQUENCES, torch.tensor(scores).softmax(0).tolist(), strict=True))
+    best = max(share, key=lambda s: share[s])
+    return best, share[best] + (share["T1w-Gd"] if best == "T1w" else 0.0)
 
 
 def _query_states(
-    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, sequence: str, visual: Tensor, num_slices: int
+    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, visual: Tensor, num_slices: int
 ) -> dict[str, Tensor]:
     """Hidden states of the standing query exchange at each task token, in order."""
     rendered = render(
-        query_messages(sequence),
+        query_messages(),
         tokenizer,
         study=card(plane),
         num_image_tokens=num_slices * model.config.tokens_per_slice,
@@ -320,7 +325,8 @@ def _evidence(
     for label, k in CLASS_OF_LABEL.items():
         table[label] = k
     classes = table[grid.nearest(labels).long()][cut]
-    pooled = pool_evidence(pixels, classes[None], grid.nearest(ranks)[cut][None], example.positions_mm[None])
+    signal = example.images[:, 1][cut]
+    pooled = pool_evidence(pixels, signal[None], classes[None], grid.nearest(ranks)[cut][None], example.positions_mm[None])
     rows = [*range(1, len(NAMES) + 1)]
     rows += [LESION_CLASS + k for k in range(min(num_lesions, MAX_LESION_EVIDENCE))]
     index = torch.tensor([rows])

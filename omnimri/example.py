@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES, SEQUENCES
+from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES
 from .conversation import IGNORE, Message, Rendered, card, query_messages, render
 
 if TYPE_CHECKING:
@@ -65,8 +65,6 @@ class Example:
     """(T,) long: at each `<segment>` of an answer the class it must draw; 0 elsewhere."""
     query_ids: Tensor
     """(Q,) long: the standing query exchange."""
-    query_labels: Tensor
-    """(Q,) long: learns the sequence words only."""
     caption_ids: Tensor
     """(C,) long: the caption alone, for contrast."""
     evidence_places: Tensor
@@ -144,18 +142,8 @@ def named_class(text: str) -> int:
 
 
 @lru_cache(maxsize=256)
-def _standing_exchange(
-    tokenizer: PreTrainedTokenizerBase, plane: str, sequence: str | None, num_image_tokens: int
-) -> tuple[list[int], list[int]]:
-    """Ids of the standing exchange, and labels of the words that tell the sequence (where it is known)."""
-    messages = query_messages(sequence or SEQUENCES[0])
-    query = render(messages, tokenizer, study=card(plane), num_image_tokens=num_image_tokens)
-    left = len(tokenizer(messages[1].text.split(".")[0] + ".")["input_ids"]) if sequence else 0
-    labels = []
-    for label in query.labels:
-        labels.append(label if label != IGNORE and left > 0 else IGNORE)
-        left -= label != IGNORE
-    return query.ids, labels
+def _standing_exchange(tokenizer: PreTrainedTokenizerBase, plane: str, num_image_tokens: int) -> list[int]:
+    return render(query_messages(), tokenizer, study=card(plane), num_image_tokens=num_image_tokens).ids
 
 
 def prepare(
@@ -182,7 +170,6 @@ def prepare(
     rendered = render(
         conversation, tokenizer, study=study, num_image_tokens=num_image_tokens, answer_prefix=answer_prefix
     )
-    query_ids, query_labels = _standing_exchange(tokenizer, record.plane, record.sequence, num_image_tokens)
     places: list[int] = []
     if record.lesion_places is not None:
         places = [*range(1, len(NAMES) + 1)]
@@ -198,8 +185,7 @@ def prepare(
         input_ids=long(rendered.ids),
         text_labels=long(rendered.labels),
         segment_class=long(segment_classes(rendered, tokenizer)),
-        query_ids=long(query_ids),
-        query_labels=long(query_labels),
+        query_ids=long(_standing_exchange(tokenizer, record.plane, num_image_tokens)),
         caption_ids=long(render([Message("assistant", record.caption)], tokenizer).ids),
         evidence_places=long(places),
         labels=unknown if record.labels is None else record.labels,
@@ -224,7 +210,7 @@ Batch = dict[str, Tensor]
 """Stacked `Example` fields, `attention_mask` beside each id field. Ids are right-padded."""
 
 _IDS = {"input_ids": "attention_mask", "query_ids": "query_mask", "caption_ids": "caption_mask"}
-_FILL = {"text_labels": IGNORE, "query_labels": IGNORE}
+_FILL = {"text_labels": IGNORE}
 
 
 def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:

@@ -42,7 +42,7 @@ def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
 
     source = Phantom(image_size=48, num_slices=4, with_kspace=False)
     texts = [n for n in NAMES for _ in range(30)] + [f"{card('axial', None, ())} {QUERY_REQUEST} user assistant"] * 50
-    texts += [query_messages("T1w")[1].text]
+    texts += [query_messages()[1].text]
     for i in range(records):
         record = source.record(7, i)
         texts.append(f"{card(record.plane, record.sequence, record.lesion_places)} {record.caption}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator, uniform
-from omnimri.conversation import Message, render
+from omnimri.conversation import Message, render, sequence_messages
 from omnimri.example import LESION_CLASS, Example, Record, collate, prepare
 from omnimri.grounding import pool_evidence
 from omnimri.model.omnimri import OmniMRI
@@ -22,7 +22,7 @@ from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
+WEIGHTS = {"match": 0.4, "text": 1.0, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 Losses = dict[str, tuple[Tensor, Tensor]]
@@ -53,10 +53,12 @@ class DialogueSource:
         self.sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
 
     def example(self, index: int) -> Example:
-        """Record `index` with exchanges in a drawn order; half of the cards hide the sequence."""
+        """Record `index` with exchanges in a drawn order; half of the cards hide the sequence, and then it is asked for first."""
         record = self.mixture.record(index)
         g = generator(self.mixture.seed, "dialogue", index)
         conversation, shown = dialogue(record, g, self.tokenizer), uniform(g, 0, 1) < 0.5
+        if record.sequence and not shown:
+            conversation = [*sequence_messages(record.sequence), *conversation]
         return prepare(record, conversation, self.tokenizer, show_sequence=shown, **self.sizes)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -122,7 +124,8 @@ class GroundedDialogue(Objective):
         """Next tokens, with the evidence of the true masks; the queries at their `<segment>` go to `seen["spoken"]`."""
         model = self.model
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
-        pooled = pool_evidence(seen["feature"].detach(), batch["labels"][cut], batch["lesions"][cut], batch["positions_mm"])
+        signal, masks = batch["images"][:, :, 1][cut], (batch["labels"][cut], batch["lesions"][cut])
+        pooled = pool_evidence(seen["feature"].detach(), signal, *masks, batch["positions_mm"])
         index = batch["evidence_places"].clamp(max=pooled.shape[1] - 1)
         picked = torch.gather(pooled, 1, index[..., None].expand(-1, -1, pooled.shape[-1]))
         evidence = model.evidence(picked, index.clamp(max=LESION_CLASS))
@@ -136,20 +139,20 @@ class GroundedDialogue(Objective):
         return Report().loss(told.logits, Report().target(batch))
 
     def stand(self, batch: dict[str, Tensor], seen: dict[str, Any], first: int) -> tuple[Losses, dict[str, Tensor]]:
-        """The standing exchange of the first studies of a batch: sequence, and every structure's query.
+        """The standing exchange of the first studies of a batch: every structure's query.
 
         Returns:
             Losses, and hidden states by task token.
         """
         ids = batch["query_ids"][:first]
-        out = self.model(input_ids=ids, attention_mask=batch["query_mask"][:first], visual=seen["visual"][:first])
+        mask, visual = batch["query_mask"][:first], seen["visual"][:first]
+        out = self.model(input_ids=ids, attention_mask=mask, visual=visual, logits_to_keep=1)
         states = {t: self.model.hidden_at(ids, out.hidden_states[0], t)[1] for t in ("<segment>", "<detect>", "<reconstruct>")}
         queries = self.model.heads["segment"].queries(states["<segment>"].view(first, LESION_CLASS, -1))
         classes = torch.arange(1, LESION_CLASS + 1, device=ids.device).repeat(first)
         _, named, spoken = seen["spoken"]
         match = self.match(torch.cat([queries.flatten(0, 1), spoken]), torch.cat([classes, named]))
-        sequence = Report().loss(out.logits, batch["query_labels"][:first])["text"]
-        return {"match": match, "sequence": sequence}, {**states, "queries": queries}
+        return {"match": match}, {**states, "queries": queries}
 
     def ask(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any], swap: float = 0.5) -> Losses:
         """What the standing exchange drives: masks of its queries, boxes and reconstruction.

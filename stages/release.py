@@ -1,7 +1,7 @@
 """python -m stages.release RUN --data DIR --out omnimri/embedded: from a trained run to a checkpoint to ship.
 
-Folds the adapters in, learns what in-scope features look like, chooses the lesion threshold on heads that were never
-trained on, rounds to bfloat16, and writes the model card.
+Folds the adapters in, learns what in-scope features look like, chooses the thresholds of lesions and of the sequence on
+heads that were never trained on, rounds to bfloat16, and writes the model card.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import json
 import shutil
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
 from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, publish, resolve, save_model
 from omnimri.conversation import card, query_messages, render
-from omnimri.example import Record, language_slices, normalise
+from omnimri.examination import infer_sequence
+from omnimri.example import LESION_CLASS, Record, language_slices, normalise
+from omnimri.grounding import pool_evidence
 from omnimri.measure import rank_components
 
 SCOPE_MARGIN = 2.0
@@ -28,45 +32,77 @@ SCOPE_MARGIN = 2.0
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which the lesion threshold may show a lesion."""
 
-
-def features_of(model: Any, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean patch feature, visual tokens) of a record's slices for language."""
-    images = normalise(record.images)
-    chosen = language_slices(len(images), model.config.max_slices)
-    patches = model.encode(images[None, chosen], record.positions_mm[None, chosen], torch.tensor([PLANES.index(record.plane)]))
-    return patches.mean((0, 1)), model.look(patches, torch.arange(len(chosen))[None])
+LEAST_PRECISION = 0.9
+"""Smallest share of held-out studies with a named sequence in which the name is right."""
+NEVER = 2.0
+"""A threshold that no probability reaches."""
 
 
-def lesion_probability(model: Any, tokenizer: Any, record: Record) -> torch.Tensor:
-    """(S, H/2, W/2) lesion probability of a record at phase 0."""
-    _, visual = features_of(model, record)
-    rendered = render(query_messages(record.sequence or "T1w"), tokenizer, study=card(record.plane), num_image_tokens=visual.shape[1])
-    ids = torch.tensor([rendered.ids])
+@dataclass(frozen=True)
+class Seen:
+    """One look at a record, as `omnimri.examination` takes it."""
+
+    features: torch.Tensor
+    """(D,) mean patch feature of the slices for language."""
+    visual: torch.Tensor
+    """(1, tokens, E)"""
+    lesion: torch.Tensor
+    """(S, H/2, W/2) lesion probability at phase 0."""
+    evidence: torch.Tensor
+    """(1, structures, E) of the model's own masks."""
+
+
+def see(model: Any, tokenizer: Any, record: Record) -> Seen:
+    """Masks and evidence of a record by the standing queries."""
+    images, positions, plane = normalise(record.images)[None], record.positions_mm[None], torch.tensor([PLANES.index(record.plane)])
+    patches = model.encode(images, positions, plane)
+    chosen = language_slices(images.shape[1], model.config.max_slices)
+    visual = model.look(patches, chosen[None])
+    ids = torch.tensor([render(query_messages(), tokenizer, study=card(record.plane), num_image_tokens=visual.shape[1]).ids])
     _, states = model.hidden_at(ids, model(input_ids=ids, visual=visual).hidden_states[0], "<segment>")
-    images, positions = normalise(record.images)[None], record.positions_mm[None]
-    pixels = model.pixels(images, model.encode(images, positions, torch.tensor([PLANES.index(record.plane)])), positions)
-    queries = model.heads["segment"].queries(states[None])
-    return model.heads["segment"].logits(queries, pixels.phase(0))[1].sigmoid()
+    feature = model.pixels(images, patches, positions).phase(0)
+    structures, lesion = model.heads["segment"].logits(model.heads["segment"].queries(states[None]), feature)
+    masks = structures.argmax(1)[None], torch.zeros(1, *lesion.shape)
+    pooled = pool_evidence(feature, images[:, :, 1, ::2, ::2], *masks, positions)[:, 1:LESION_CLASS]
+    evidence = model.evidence(pooled, torch.arange(1, LESION_CLASS)[None])
+    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence)
+
+
+def sequence_threshold(model: Any, tokenizer: Any, records: list[Record], looks: list[Seen]) -> tuple[float, dict[str, Any]]:
+    """Smallest probability from which on a sequence read off the image may be named, and what was measured for it."""
+    told = []
+    for record, look in zip(records, looks, strict=True):
+        said, share = infer_sequence(model, tokenizer, record.plane, look.visual, look.evidence)
+        told.append((share, said, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
+    named = sorted((t for t in told if t[1] != "other"), reverse=True)
+    threshold, count = NEVER, 0
+    for k, (share, _, _) in enumerate(named, 1):
+        if k >= 10 and sum(right for *_, right in named[:k]) >= LEAST_PRECISION * k:
+            threshold, count = share, k
+    measured = {"threshold": threshold, "named": count, "right": sum(right for *_, right in named[:count]),
+                "named_as": dict(Counter(said for _, said, _ in named[:count])), "studies": len(records),
+                "right_without_threshold": sum(right for *_, right in told)}
+    return threshold, measured
 
 
 @torch.inference_mode()
 def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int) -> dict[str, Any]:
-    """Set the scope's mean, whitening and limit, and choose the lesion threshold."""
-    inside = torch.stack([features_of(model, training.record(101, i))[0] for i in range(count)])
+    """Set the scope's mean, whitening and limit, and choose the thresholds of lesions and of the sequence."""
+    inside = torch.stack([see(model, tokenizer, training.record(101, i)).features for i in range(count)])
     model.scope_mean.copy_(inside.mean(0))
     off = inside - inside.mean(0)
     covariance = off.T @ off / (count - 1)
     values, vectors = torch.linalg.eigh(covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance)))
     model.scope_whiten.copy_(vectors @ torch.diag(values.clamp(min=1e-8).rsqrt()) @ vectors.T)
     records = [held_out.record(102, i) for i in range(count)]
-    scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (features_of(model, r)[0] - model.scope_mean)) for r in records])
+    looks = [see(model, tokenizer, r) for r in records]
+    scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
     tried: dict[float, tuple[float, float]] = {}
-    probabilities = [lesion_probability(model, tokenizer, r) for r in records]
     for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         normal = alarms = diseased = found = 0
-        for record, p in zip(records, probabilities, strict=True):
-            said = rank_components(p > threshold, least=6)[0]
+        for record, look in zip(records, looks, strict=True):
+            said = rank_components(look.lesion > threshold, least=6)[0]
             said = (said > 0) & (said < 255)
             truth = (record.lesions > 0) & (record.lesions < 255)
             if not record.lesion_places:
@@ -77,12 +113,14 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     good = [t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE]
     model.config.lesion_threshold = min(good) if good else max(tried)
     model.config.least_lesion_ml = 0.1
+    model.config.sequence_threshold, sequence = sequence_threshold(model, tokenizer, records, looks)
     model.config.lesion_sensitivity = tried[model.config.lesion_threshold][1]
     return {
         "scope_limit": float(model.scope_limit),
         "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},
         "lesion_threshold": model.config.lesion_threshold,
         "threshold_false_alarm_and_sensitivity": {str(k): [round(a, 3), round(b, 3)] for k, (a, b) in tried.items()},
+        "sequence": sequence,
         "studies": count,
     }
 

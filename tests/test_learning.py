@@ -14,10 +14,10 @@ from data_recipes import Phantom
 from omnimri.checkpoint import load_model
 from omnimri.conversation import Message
 from omnimri.examination import infer_sequence
-from omnimri.example import LESION_CLASS, collate, normalise, prepare
-from omnimri.grounding import pool_evidence
+from omnimri.example import collate, normalise, prepare
 from stages.__main__ import main
 from stages.grounded import DialogueSource, GroundedDialogue
+from stages.release import see
 from stages.stage2_align import image_vector, text_vector
 
 pytestmark = pytest.mark.timeout(1800)
@@ -101,22 +101,16 @@ def dice_of_queries(folder, records):
 
 @torch.inference_mode()
 def reply(model, tokenizer, record, ask):
-    """The greedy answer to a request, with the sequence the model reads off the image and the evidence of the true masks."""
+    """The greedy answer to a request; what the card tells of the sequence, and the evidence, come from the model's own look."""
     sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
-    seen = batch_of(model, tokenizer, [record])
-    patches = model.encode(seen["images"], seen["positions_mm"], seen["plane"])
-    visual = model.look(patches, seen["chosen"])
-    told = replace(record, sequence=infer_sequence(model, tokenizer, record.plane, visual, seen["chosen"].shape[1]))
-    batch = collate([prepare(told, [Message("user", ask)], tokenizer, answer_prefix="", **sizes)], pad_id=tokenizer.pad_token_id)
-    pixels = model.pixels(batch["images"], patches, batch["positions_mm"]).phase(0)
-    cut = (..., slice(None, None, 2), slice(None, None, 2))
-    pooled = pool_evidence(pixels, batch["labels"][cut], batch["lesions"][cut], batch["positions_mm"])
-    rows = batch["evidence_places"]
-    ids = batch["input_ids"]
+    look = see(model, tokenizer, record)
+    sequence, _ = infer_sequence(model, tokenizer, record.plane, look.visual, look.evidence)
+    told = replace(record, sequence=sequence, lesion_places=())
+    ids = prepare(told, [Message("user", ask)], tokenizer, answer_prefix="", **sizes).input_ids[None]
     out = model.generate(
         input_ids=ids,
-        visual=visual,
-        evidence=model.evidence(pooled[:, rows[0]], rows.clamp(max=LESION_CLASS)),
+        visual=look.visual,
+        evidence=look.evidence,
         max_new_tokens=24,
         do_sample=False,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
@@ -155,11 +149,21 @@ def test_stage_4_chooses_the_task(runs, held_out):
     assert right >= 0.95 * len(wanted), (right, len(wanted))
 
 
+@torch.inference_mode()
 def test_stage_4_needs_the_image(runs, held_out):
-    """Noise in the image's place: nothing that is named is found any more. Words alone do not need it yet (stages/LOG.md)."""
-    blank = [replace(r, images=torch.rand(r.images.shape)) for r in held_out[:16]]
+    """Noise in the image's place changes the words, and nothing that is named is found any more."""
+    model, tokenizer, _ = load_model(runs / "instruct")
+    blank = [replace(r, images=torch.rand(r.images.shape)) for r in held_out]
+    ask = "What sequence and plane is this?"
+    said = [[reply(model, tokenizer, r, ask) for r in records[:24]] for records in (held_out, blank)]
+    assert sum(a != b for a, b in zip(*said, strict=True)) >= 12, said
+    told = []
+    for records in (held_out, blank):
+        looks = [(r, see(model, tokenizer, r)) for r in records]
+        told.append(sum(infer_sequence(model, tokenizer, r.plane, s.visual, s.evidence)[0] == r.sequence for r, s in looks))
+    assert told[0] >= 2 * told[1], told
     assert dice_of_queries(runs / "instruct", held_out[:16])[1] >= 0.6
-    assert dice_of_queries(runs / "instruct", blank)[1] < 0.3
+    assert dice_of_queries(runs / "instruct", blank[:16])[1] < 0.3
 
 
 def test_runs_print_what_they_loaded(runs, tmp_path, capsys):

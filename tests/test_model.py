@@ -177,7 +177,7 @@ def test_prepare_gives_every_segment_its_class(tokenizer, phantom):
 
     assert example.segment_class[where].tolist() == [CLASS_OF_NAME["left thalamus"], LESION_CLASS]
     assert int((example.input_ids == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum()) == 2
-    query = render(query_messages("T1w"), tokenizer)
+    query = render(query_messages(), tokenizer)
     classes = [k for k in segment_classes(query, tokenizer) if k]
     assert classes == list(range(1, LESION_CLASS + 1))
 

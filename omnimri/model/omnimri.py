@@ -17,15 +17,15 @@ from ..tasks import TASKS
 from .config import OmniMRIConfig
 from .language import build_language, inject_lora, merge_lora
 from .pixel_decoder import PixelDecoder, Pixels
-from .projector import Projector
+from .projector import Projector, as_words
 from .vision import VisionEncoder
 
-EVIDENCE_FEATURES = 6
-"""Presence, log volume, and the mask's middle (slice, row, column) and spread, all relative to the study."""
+EVIDENCE_FEATURES = 7
+"""Mean signal, presence, log volume, and the mask's middle (slice, row, column) and spread, all relative to the study."""
 
 
 class EvidenceEncoder(nn.Module):
-    """What a mask shows -> one language token: pooled pixel features, presence and place."""
+    """What a mask shows -> one language token: pooled pixel features, signal, presence and place."""
 
     def __init__(self, config: OmniMRIConfig) -> None:
         super().__init__()
@@ -33,10 +33,11 @@ class EvidenceEncoder(nn.Module):
         self.kind = nn.Embedding(len(NAMES) + 2, width)
         self.up = nn.Linear(config.pixel_width + EVIDENCE_FEATURES, width)
         self.out = nn.Linear(width, width)
+        self.size = config.text_config.initializer_range
 
     def forward(self, pooled_BNC: Tensor, kind_BN: Tensor) -> Tensor:
         """(B, N, C + 6), (B, N) -> (B, N, E)."""
-        return self.out(torch.nn.functional.gelu(self.up(pooled_BNC) + self.kind(kind_BN)))
+        return as_words(self.out(torch.nn.functional.gelu(self.up(pooled_BNC) + self.kind(kind_BN))), self.size)
 
 
 class ContrastHead(nn.Module):

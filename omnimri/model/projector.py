@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import OmniMRIConfig
 
@@ -19,10 +20,18 @@ class Projector(nn.Module):
         self.up = nn.Linear(merged, width)
         self.out = nn.Linear(width, width)
         self.act = nn.GELU()
+        self.size = config.text_config.initializer_range
 
     def forward(self, patches_NPD: Tensor) -> Tensor:
         """(N, P, D) -> (N, P / shuffle^2, E)."""
         n, p, d = patches_NPD.shape
         side, f = round(p**0.5), self.shuffle
         grid = patches_NPD.view(n, side // f, f, side // f, f, d).permute(0, 1, 3, 2, 4, 5)
-        return self.out(self.act(self.up(self.norm(grid.reshape(n, (side // f) ** 2, f * f * d)))))
+        return as_words(self.out(self.act(self.up(self.norm(grid.reshape(n, (side // f) ** 2, f * f * d))))), self.size)
+
+
+def as_words(tokens_E: Tensor, size: float) -> Tensor:
+    """Give tokens the size at which word embeddings start. What a language model normalises has no size of its own: left
+    free it grows by the thousandfold in training, until no layer can change such a token any more.
+    """
+    return F.layer_norm(tokens_E, tokens_E.shape[-1:]) * size
