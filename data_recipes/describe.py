@@ -11,7 +11,8 @@ import torch
 
 from omnimri.anatomy import NAMES, SEQUENCE_WORDS, STRUCTURES
 from omnimri.conversation import COUNT_WORDS, Message
-from omnimri.example import Record
+from omnimri.example import Record, normalise
+from omnimri.measure import signal_words
 
 from .recipe import pick, uniform
 
@@ -39,7 +40,7 @@ class Facts:
     places: tuple[str, ...]
     """Of lesions, by falling volume."""
     signal: dict[str, str]
-    """`csf`, `grey matter`, `lesion` -> `bright`, `dark` or `similar`, against white matter."""
+    """`cerebrospinal fluid`, `grey matter`, `lesion` -> `brighter`, `much darker`, ... or `similar`, against white matter."""
 
     @property
     def groups(self) -> list[str]:
@@ -48,29 +49,12 @@ class Facts:
 
 
 def facts_of(record: Record) -> Facts:
-    """Read the facts off a labelled record; signal is measured on the labelled tissue, not assumed."""
+    """Read the facts off a labelled record whose signal was measured."""
     assert record.labels is not None
     assert record.lesions is not None
     counts = torch.bincount(record.labels.flatten().long(), minlength=len(NAMES) + 1)
     visible = tuple(s.name for k, s in enumerate(STRUCTURES, 1) if int(counts[k]) >= LEAST_PIXELS)
-    image = record.images[:, 1]
-    healthy = record.lesions == 0
-    tissue = {"csf": "csf", "grey matter": "gm", "white matter": "wm"}
-    level: dict[str, float] = {}
-    for words, kind in tissue.items():
-        classes = [k for k, s in enumerate(STRUCTURES, 1) if s.tissue == kind and ("cerebral" in s.name or kind == "csf")]
-        where = torch.isin(record.labels.long(), torch.tensor(classes, device=record.labels.device)) & healthy
-        if int(where.sum()) > 50:
-            level[words] = float(image[where].mean())
-    where = (record.lesions > 0) & (record.lesions < 255)
-    if int(where.sum()) > 20:
-        level["lesion"] = float(image[where].mean())
-    signal = {}
-    if "white matter" in level:
-        reference = level.pop("white matter")
-        for words, value in level.items():
-            ratio = value / max(reference, 1e-6)
-            signal[words] = "bright" if ratio > 1.1 else "dark" if ratio < 0.9 else "similar"
+    signal = dict(s.split(": ") for s in record.signal)
     assert record.sequence is not None
     return Facts(record.plane, record.sequence, visible, record.lesion_places or (), signal)
 
@@ -106,15 +90,14 @@ def level2(g: torch.Generator, f: Facts) -> str:
 
 def level3(g: torch.Generator, f: Facts) -> str:
     """Tissue signal against white matter."""
-    words = {"bright": "brighter than", "dark": "darker than", "similar": "similar to"}
-    said = [f"{'cerebrospinal fluid' if k == 'csf' else k} is {words[v]} white matter"
-            for k, v in f.signal.items() if k != "lesion"]
+    said = [f"{k} is {v} {'to' if v == 'similar' else 'than'} white matter" for k, v in f.signal.items() if k != "lesion"]
     return f"{join(said).capitalize()}." if said else ""
 
 
 def finding(g: torch.Generator, f: Facts, place: str) -> str:
     """One lesion with its slot and its `<segment>`."""
-    look = {"bright": "hyperintense ", "dark": "hypointense "}.get(f.signal.get("lesion", ""), "")
+    signal = f.signal.get("lesion", "")
+    look = "hyperintense " if "brighter" in signal else "hypointense " if "darker" in signal else ""
     a = article(f"<size> {look}lesion").replace("an <size>", "a <size>")
     return pick(g, (f"There is {a} in the {place} <segment>, <mm> mm in diameter and <ml> ml in volume.",
                     f"{a.capitalize()} lies in the {place} <segment>; it measures <mm> mm and <ml> ml.",
@@ -262,6 +245,9 @@ TURNS = (segment_turns, detect_turns, report_turns, reconstruct_turns, question_
 
 def describe(record: Record, g: torch.Generator) -> Record:
     """Add caption, facts and conversations: first the report, then two to ten drawn exchanges."""
+    assert record.labels is not None
+    assert record.lesions is not None
+    record = replace(record, signal=signal_words(normalise(record.images)[:, 1], record.labels, record.lesions))
     f = facts_of(record)
     exchanges = [pick(g, TURNS, (0.27, 0.2, 0.12, 0.08, 0.33))(g, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
     return replace(

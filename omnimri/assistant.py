@@ -150,7 +150,7 @@ class Assistant:
         if not seen.in_scope:
             return self._answer(study, seen, "I cannot judge this study: it is unlike the images I was trained on.",
                                 task or "text", torch.zeros_like(seen.labels), ())
-        study_card = card(seen.grid.plane, seen.sequence, seen.record.lesion_places)
+        study_card = card(seen.grid.plane, seen.sequence, seen.record.lesion_places, seen.record.signal)
         prefix = "" if task in (None, "segment") else TASKS[task].token
         tokens = len(language_slices(seen.grid.size[0], self.model.config.max_slices)) * self.model.config.tokens_per_slice
         messages = [*history[-MAX_HISTORY:], Message("user", question)]

@@ -35,7 +35,9 @@ class Rendered:
     """`ids` where the model has to predict, IGNORE elsewhere."""
 
 
-def card(plane: str, sequence: str | None = None, lesion_places: Sequence[str] | None = None) -> str:
+def card(
+    plane: str, sequence: str | None = None, lesion_places: Sequence[str] | None = None, signal: Sequence[str] = ()
+) -> str:
     """The study card: what is known before words are spoken.
 
     Args:
@@ -43,8 +45,11 @@ def card(plane: str, sequence: str | None = None, lesion_places: Sequence[str] |
         sequence: One of `anatomy.SEQUENCES`; None before it is known.
         lesion_places: Place of each lesion mask by falling volume; None before the masks exist. Where they exist,
             one evidence slot per structure and per lesion stands in the text.
+        signal: What `measure.signal_words` says of the masks.
     """
     words = f"Plane: {plane}. Sequence: {SEQUENCE_WORDS[sequence] if sequence else 'unknown'}."
+    if signal:
+        words = f"{words} Signal against white matter: {'; '.join(signal)}."
     if lesion_places is None:
         return words
     shown = list(lesion_places)[:MAX_LESION_EVIDENCE]
@@ -72,7 +77,7 @@ def query_messages() -> tuple[Message, Message]:
 
 
 def sequence_messages(sequence: str) -> tuple[Message, Message]:
-    """The exchange that reads the sequence off the image and the evidence of its masks, where no header tells it."""
+    """The exchange that reads the sequence off the signal of the masks, where no header tells it."""
     return Message("user", "Which sequence?"), Message("assistant", f"{SEQUENCE_WORDS[sequence]}.")
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCES
-from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render, sequence_messages
-from .example import LESION_CLASS, Example, Record, prepare
+from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render
+from .example import LESION_CLASS, Example, Record, prepare, sequence_exchange
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
-from .measure import Measured, location, measure, rank_components, right_of_midline, side_of
+from .measure import Measured, location, measure, rank_components, right_of_midline, side_of, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
 from .tasks import Detect, Segment
@@ -156,11 +156,13 @@ def examine(
         _lesion(rank, ranks, labels, probability, volume, grid, boxes) for rank in range(1, len(sizes_voxels) + 1)
     )
     places = tuple(lesion.place for lesion in lesions)
-    evidence = _evidence(model, grid, example, fine, labels, ranks, len(lesions))
+    classes, seen_ranks = _on_lattice(grid, labels, ranks)
+    evidence = _evidence(model, example, fine, classes, seen_ranks, len(lesions))
+    signal = signal_words(example.images[:, 1], classes, seen_ranks)
     source, sequence = "header", volume.sequence
     if sequence == "unknown":
         source = "image"
-        sequence, share = infer_sequence(model, tokenizer, grid.plane, visual, evidence)
+        sequence, share = infer_sequence(model, tokenizer, grid.plane, signal)
         # Chosen at release; a checkpoint without it must not name any.
         if share < getattr(model.config, "sequence_threshold", 2.0):
             sequence = "other"
@@ -171,6 +173,7 @@ def examine(
         spacing_mm=grid.spacing_mm,
         sequence=sequence,
         lesion_places=places,
+        signal=signal,
     )
     return Examination(
         volume=volume,
@@ -246,18 +249,18 @@ def _look(
 
 
 def infer_sequence(
-    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, visual: Tensor, evidence: Tensor
+    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, signal: tuple[str, ...]
 ) -> tuple[str, float]:
-    """The sequence whose words the language model finds likeliest after the image and the evidence of its structures, and
-    its share of the probability.
+    """The sequence whose words the language model finds likeliest after the signal of the masks, and its share of the
+    probability.
 
     An image called T1-weighted may have been taken with contrast agent or without: it is no less T1-weighted.
     """
-    study, scores = card(plane, None, ()), []
+    scores = []
     for sequence in SEQUENCES:
-        rendered = render(sequence_messages(sequence), tokenizer, study=study, num_image_tokens=visual.shape[1])
-        ids, labels = torch.tensor([rendered.ids]), torch.tensor(rendered.labels)[1:]
-        logits = model(input_ids=ids, visual=visual, evidence=evidence[:, : len(NAMES)]).logits[0, :-1].log_softmax(-1)[labels != IGNORE]
+        asked = sequence_exchange(tokenizer, plane, signal, sequence)
+        ids, labels = torch.tensor([asked.ids]), torch.tensor(asked.labels)[1:]
+        logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)[labels != IGNORE]
         scores.append(float(logits.gather(1, labels[labels != IGNORE, None]).sum()))
     share = dict(zip(SEQUENCES, torch.tensor(scores).softmax(0).tolist(), strict=True))
     best = max(share, key=lambda s: share[s])
@@ -315,20 +318,20 @@ def _lesion(rank: int, ranks: Tensor, labels: Tensor, probability: Tensor, volum
     return Lesion(rank, side, location(mask, labels), measured, float(probability[mask].mean()), detected)
 
 
-def _evidence(
-    model: OmniMRI, grid: Grid, example: Example, fine: Tensor, labels: Tensor, ranks: Tensor, num_lesions: int
-) -> Tensor:
-    """Evidence tokens (1, N, E) of every structure and of the largest lesions."""
-    pixels = Pixels(fine=fine, coarse=fine).phase(0).float()
-    cut = (slice(None), slice(None, None, 2), slice(None, None, 2))
+def _on_lattice(grid: Grid, labels: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Structure classes and lesion ranks of the scan's voxels at the lattice's points, (S, H, W) each."""
     table = torch.zeros(256, dtype=torch.uint8)
     for label, k in CLASS_OF_LABEL.items():
         table[label] = k
-    classes = table[grid.nearest(labels).long()][cut]
-    signal = example.images[:, 1][cut]
-    pooled = pool_evidence(pixels, signal[None], classes[None], grid.nearest(ranks)[cut][None], example.positions_mm[None])
+    return table[grid.nearest(labels).long()], grid.nearest(ranks)
+
+
+def _evidence(model: OmniMRI, example: Example, fine: Tensor, classes: Tensor, ranks: Tensor, num_lesions: int) -> Tensor:
+    """Evidence tokens (1, N, E) of every structure and of the largest lesions."""
+    pixels = Pixels(fine=fine, coarse=fine).phase(0).float()
+    cut = (slice(None), slice(None, None, 2), slice(None, None, 2))
+    pooled = pool_evidence(pixels, classes[cut][None], ranks[cut][None], example.positions_mm[None])
     rows = [*range(1, len(NAMES) + 1)]
     rows += [LESION_CLASS + k for k in range(min(num_lesions, MAX_LESION_EVIDENCE))]
     index = torch.tensor([rows])
     return model.evidence(pooled[:, index[0]], index.clamp(max=LESION_CLASS))
-

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES
-from .conversation import IGNORE, Message, Rendered, card, query_messages, render
+from .conversation import IGNORE, Message, Rendered, card, query_messages, render, sequence_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,8 @@ class Record:
     """(S, H, W) uint8: 0, or the lesion's rank by volume, from 1."""
     lesion_places: tuple[str, ...] | None = None
     """Place of each lesion by rank, such as `left cerebral white matter`."""
+    signal: tuple[str, ...] = ()
+    """How bright masks are against white matter, in words (`measure.signal_words`)."""
     caption: str = ""
     conversations: tuple[tuple[Message, ...], ...] = ()
     kspace: Mapping[str, Tensor] = field(default_factory=dict)
@@ -65,6 +67,10 @@ class Example:
     """(T,) long: at each `<segment>` of an answer the class it must draw; 0 elsewhere."""
     query_ids: Tensor
     """(Q,) long: the standing query exchange."""
+    sequence_ids: Tensor
+    """(Q,) long: the exchange about the sequence, after a card with the signal of the masks and no image."""
+    sequence_labels: Tensor
+    """(Q,) long: learns the words for the sequence, where it is known."""
     caption_ids: Tensor
     """(C,) long: the caption alone, for contrast."""
     evidence_places: Tensor
@@ -146,6 +152,12 @@ def _standing_exchange(tokenizer: PreTrainedTokenizerBase, plane: str, num_image
     return render(query_messages(), tokenizer, study=card(plane), num_image_tokens=num_image_tokens).ids
 
 
+@lru_cache(maxsize=1024)
+def sequence_exchange(tokenizer: PreTrainedTokenizerBase, plane: str, signal: tuple[str, ...], sequence: str) -> Rendered:
+    """The exchange about the sequence: its card holds the signal of the masks, and no image."""
+    return render(sequence_messages(sequence), tokenizer, study=card(plane, signal=signal))
+
+
 def prepare(
     record: Record,
     conversation: Sequence[Message],
@@ -166,7 +178,7 @@ def prepare(
     chosen = language_slices(len(images), max_slices)
     num_image_tokens = len(chosen) * tokens_per_slice
     shown = record.sequence if show_sequence else None
-    study = card(record.plane, shown, record.lesion_places)
+    study = card(record.plane, shown, record.lesion_places, record.signal)
     rendered = render(
         conversation, tokenizer, study=study, num_image_tokens=num_image_tokens, answer_prefix=answer_prefix
     )
@@ -175,6 +187,7 @@ def prepare(
         places = [*range(1, len(NAMES) + 1)]
         places += [LESION_CLASS + k for k in range(min(len(record.lesion_places), 4))]
     unknown = torch.full((len(images), *images.shape[-2:]), 255, dtype=torch.uint8)
+    asked = sequence_exchange(tokenizer, record.plane, record.signal, record.sequence or "other")
     empty = torch.zeros(0)
     long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
     return Example(
@@ -186,6 +199,8 @@ def prepare(
         text_labels=long(rendered.labels),
         segment_class=long(segment_classes(rendered, tokenizer)),
         query_ids=long(_standing_exchange(tokenizer, record.plane, num_image_tokens)),
+        sequence_ids=long(asked.ids),
+        sequence_labels=long(asked.labels if record.sequence else [IGNORE] * len(asked.ids)),
         caption_ids=long(render([Message("assistant", record.caption)], tokenizer).ids),
         evidence_places=long(places),
         labels=unknown if record.labels is None else record.labels,
@@ -209,8 +224,8 @@ def stable_hash(text: str) -> int:
 Batch = dict[str, Tensor]
 """Stacked `Example` fields, `attention_mask` beside each id field. Ids are right-padded."""
 
-_IDS = {"input_ids": "attention_mask", "query_ids": "query_mask", "caption_ids": "caption_mask"}
-_FILL = {"text_labels": IGNORE}
+_IDS = {"input_ids": "attention_mask", "query_ids": "query_mask", "sequence_ids": "sequence_mask", "caption_ids": "caption_mask"}
+_FILL = {"text_labels": IGNORE, "sequence_labels": IGNORE}
 
 
 def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:

@@ -13,19 +13,18 @@ from .conversation import MAX_LESION_EVIDENCE
 from .example import LESION_CLASS
 
 
-def pool_evidence(features: Tensor, signal: Tensor, classes: Tensor, lesions: Tensor, positions_mm: Tensor) -> Tensor:
-    """Pool pixel features, signal and place over each structure and over each of the first lesions.
+def pool_evidence(features: Tensor, classes: Tensor, lesions: Tensor, positions_mm: Tensor) -> Tensor:
+    """Pool pixel features and place over each structure and over each of the first lesions.
 
     Args:
         features: (B S, C, h, w).
-        signal: (B, S, h, w) normalised intensities (`example.normalise`).
         classes: (B, S, h, w) structure classes, 0 or 255 elsewhere.
         lesions: (B, S, h, w) lesion ranks from 1; 0 or 255 elsewhere.
         positions_mm: (B, S).
 
     Returns:
-        (B, LESION_CLASS + MAX_LESION_EVIDENCE, C + 7): row k is structure class k, row LESION_CLASS + r the lesion of
-        rank r + 1. The last seven are mean signal, presence, log share of the study, mean slice, row and column, and spread.
+        (B, LESION_CLASS + MAX_LESION_EVIDENCE, C + 6): row k is structure class k, row LESION_CLASS + r the lesion of
+        rank r + 1. The last six are presence, log share of the study, mean slice, row and column, and spread.
     """
     b, s, h, w = classes.shape
     n = LESION_CLASS + MAX_LESION_EVIDENCE
@@ -46,7 +45,6 @@ def pool_evidence(features: Tensor, signal: Tensor, classes: Tensor, lesions: Te
     where = torch.einsum("bnp,bpk->bnk", weight, place)
     spread = (where[..., 3] - where[..., 1] ** 2 - where[..., 2] ** 2).clamp(min=0).sqrt()
     share = torch.log10(count / (s * h * w) + 1e-6) / 6
-    bright = torch.einsum("bnp,bp->bn", weight, signal.float().flatten(1))
     return torch.cat(
-        [pooled, bright[..., None], (count > 0).float()[..., None], share[..., None], where[..., :3], spread[..., None]], -1
+        [pooled, (count > 0).float()[..., None], share[..., None], where[..., :3], spread[..., None]], -1
     )

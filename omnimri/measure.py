@@ -138,6 +138,39 @@ def location(mask: Tensor, labels: Tensor) -> str:
     return NAMES[int(counts.argmax())] if int(counts.max()) else "unlabelled region"
 
 
+def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, ...]:
+    """How bright cerebrospinal fluid, grey matter and lesions are against white matter, as `grey matter: darker`.
+
+    Args:
+        image: (S, H, W) normalised intensities (`example.normalise`).
+        classes: (S, H, W) structure classes.
+        lesions: (S, H, W) lesion ranks from 1; 0 or 255 elsewhere.
+
+    Returns:
+        Nothing where white matter has fewer than 50 pixels; nor what has fewer than 50 itself (lesions: 20).
+    """
+    sick = (lesions > 0) & (lesions < 255)
+
+    def mean(names: tuple[str, ...]) -> float | None:
+        wanted = [k for k, s in enumerate(STRUCTURES, 1) if s.name.removeprefix("left ").removeprefix("right ") in names]
+        where = torch.isin(classes.long(), torch.tensor(wanted, device=classes.device)) & ~sick
+        return float(image[where].mean()) if int(where.sum()) >= 50 else None
+
+    white = mean(("cerebral white matter",))
+    if white is None:
+        return ()
+    fluid = mean(("lateral ventricle", "3rd ventricle", "4th ventricle"))
+    level = {"cerebrospinal fluid": mean(("CSF",)) if fluid is None else fluid, "grey matter": mean(("cerebral cortex",)),
+             "lesion": float(image[sick].mean()) if int(sick.sum()) >= 20 else None}
+    told = []
+    for name, value in level.items():
+        if value is not None:
+            off = value - white
+            word = "similar" if abs(off) < 0.05 else "brighter" if off > 0 else "darker"
+            told.append(f"{name}: {'much ' if abs(off) > 0.3 else ''}{word}")
+    return tuple(told)
+
+
 def size_word(diameter_mm: float) -> str:
     """Small below 10 mm, medium below 30 mm, large from there."""
     return "small" if diameter_mm < 10 else "medium-sized" if diameter_mm < 30 else "large"

@@ -45,7 +45,7 @@ def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
     texts += [query_messages()[1].text]
     for i in range(records):
         record = source.record(7, i)
-        texts.append(f"{card(record.plane, record.sequence, record.lesion_places)} {record.caption}")
+        texts.append(f"{card(record.plane, record.sequence, record.lesion_places, record.signal)} {record.caption}")
         texts += [m.text for chat in record.conversations for m in chat]
     return train_tokenizer(texts, vocab_size)
 

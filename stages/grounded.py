@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator, uniform
-from omnimri.conversation import Message, render, sequence_messages
+from omnimri.conversation import Message, render
 from omnimri.example import LESION_CLASS, Example, Record, collate, prepare
 from omnimri.grounding import pool_evidence
 from omnimri.model.omnimri import OmniMRI
@@ -22,7 +22,7 @@ from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"match": 0.4, "text": 1.0, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
+WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.5, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 Losses = dict[str, tuple[Tensor, Tensor]]
@@ -53,12 +53,10 @@ class DialogueSource:
         self.sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
 
     def example(self, index: int) -> Example:
-        """Record `index` with exchanges in a drawn order; half of the cards hide the sequence, and then it is asked for first."""
+        """Record `index` with exchanges in a drawn order; half of the cards hide the sequence."""
         record = self.mixture.record(index)
         g = generator(self.mixture.seed, "dialogue", index)
         conversation, shown = dialogue(record, g, self.tokenizer), uniform(g, 0, 1) < 0.5
-        if record.sequence and not shown:
-            conversation = [*sequence_messages(record.sequence), *conversation]
         return prepare(record, conversation, self.tokenizer, show_sequence=shown, **self.sizes)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -100,8 +98,7 @@ class GroundedDialogue(Objective):
         seen = self.see(batch, phase, masks)
         losses = Segment().loss(seen["masks"], Segment().target(batch, phase)) if masks else {}
         if words:
-            losses |= self.speak(batch, phase, seen)
-        if words:
+            losses |= self.speak(batch, phase, seen) | {"sequence": self.name_sequence(batch)}
             losses |= self.ask(batch, phase, seen) if masks else self.stand(batch, seen, 1)[0]
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}
 
@@ -124,8 +121,7 @@ class GroundedDialogue(Objective):
         """Next tokens, with the evidence of the true masks; the queries at their `<segment>` go to `seen["spoken"]`."""
         model = self.model
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
-        signal, masks = batch["images"][:, :, 1][cut], (batch["labels"][cut], batch["lesions"][cut])
-        pooled = pool_evidence(seen["feature"].detach(), signal, *masks, batch["positions_mm"])
+        pooled = pool_evidence(seen["feature"].detach(), batch["labels"][cut], batch["lesions"][cut], batch["positions_mm"])
         index = batch["evidence_places"].clamp(max=pooled.shape[1] - 1)
         picked = torch.gather(pooled, 1, index[..., None].expand(-1, -1, pooled.shape[-1]))
         evidence = model.evidence(picked, index.clamp(max=LESION_CLASS))
@@ -153,6 +149,11 @@ class GroundedDialogue(Objective):
         _, named, spoken = seen["spoken"]
         match = self.match(torch.cat([queries.flatten(0, 1), spoken]), torch.cat([classes, named]))
         return {"match": match}, {**states, "queries": queries}
+
+    def name_sequence(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Next tokens of the sequence's words, after the signal of the true masks."""
+        told = self.model(input_ids=batch["sequence_ids"], attention_mask=batch["sequence_mask"])
+        return Report().loss(told.logits, batch["sequence_labels"])["text"]
 
     def ask(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any], swap: float = 0.5) -> Losses:
         """What the standing exchange drives: masks of its queries, boxes and reconstruction.

@@ -25,7 +25,7 @@ from omnimri.conversation import card, query_messages, render
 from omnimri.examination import infer_sequence
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence
-from omnimri.measure import rank_components
+from omnimri.measure import rank_components, signal_words
 
 SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
@@ -50,6 +50,8 @@ class Seen:
     """(S, H/2, W/2) lesion probability at phase 0."""
     evidence: torch.Tensor
     """(1, structures, E) of the model's own masks."""
+    signal: tuple[str, ...]
+    """How bright those masks are, in words."""
 
 
 def see(model: Any, tokenizer: Any, record: Record) -> Seen:
@@ -62,17 +64,18 @@ def see(model: Any, tokenizer: Any, record: Record) -> Seen:
     _, states = model.hidden_at(ids, model(input_ids=ids, visual=visual).hidden_states[0], "<segment>")
     feature = model.pixels(images, patches, positions).phase(0)
     structures, lesion = model.heads["segment"].logits(model.heads["segment"].queries(states[None]), feature)
-    masks = structures.argmax(1)[None], torch.zeros(1, *lesion.shape)
-    pooled = pool_evidence(feature, images[:, :, 1, ::2, ::2], *masks, positions)[:, 1:LESION_CLASS]
+    masks = structures.argmax(1), torch.zeros_like(lesion)
+    pooled = pool_evidence(feature, masks[0][None], masks[1][None], positions)[:, 1:LESION_CLASS]
     evidence = model.evidence(pooled, torch.arange(1, LESION_CLASS)[None])
-    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence)
+    signal = signal_words(images[0, :, 1, ::2, ::2], *masks)
+    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, signal)
 
 
 def sequence_threshold(model: Any, tokenizer: Any, records: list[Record], looks: list[Seen]) -> tuple[float, dict[str, Any]]:
     """Smallest probability from which on a sequence read off the image may be named, and what was measured for it."""
     told = []
     for record, look in zip(records, looks, strict=True):
-        said, share = infer_sequence(model, tokenizer, record.plane, look.visual, look.evidence)
+        said, share = infer_sequence(model, tokenizer, record.plane, look.signal)
         told.append((share, said, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
     named = sorted((t for t in told if t[1] != "other"), reverse=True)
     threshold, count = NEVER, 0

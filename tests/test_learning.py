@@ -104,8 +104,8 @@ def reply(model, tokenizer, record, ask):
     """The greedy answer to a request; what the card tells of the sequence, and the evidence, come from the model's own look."""
     sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
     look = see(model, tokenizer, record)
-    sequence, _ = infer_sequence(model, tokenizer, record.plane, look.visual, look.evidence)
-    told = replace(record, sequence=sequence, lesion_places=())
+    sequence, _ = infer_sequence(model, tokenizer, record.plane, look.signal)
+    told = replace(record, sequence=sequence, lesion_places=(), signal=look.signal)
     ids = prepare(told, [Message("user", ask)], tokenizer, answer_prefix="", **sizes).input_ids[None]
     out = model.generate(
         input_ids=ids,
@@ -160,7 +160,7 @@ def test_stage_4_needs_the_image(runs, held_out):
     told = []
     for records in (held_out, blank):
         looks = [(r, see(model, tokenizer, r)) for r in records]
-        told.append(sum(infer_sequence(model, tokenizer, r.plane, s.visual, s.evidence)[0] == r.sequence for r, s in looks))
+        told.append(sum(infer_sequence(model, tokenizer, r.plane, s.signal)[0] == r.sequence for r, s in looks))
     assert told[0] >= 2 * told[1], told
     assert dice_of_queries(runs / "instruct", held_out[:16])[1] >= 0.6
     assert dice_of_queries(runs / "instruct", blank[:16])[1] < 0.3

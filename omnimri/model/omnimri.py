@@ -20,12 +20,12 @@ from .pixel_decoder import PixelDecoder, Pixels
 from .projector import Projector, as_words
 from .vision import VisionEncoder
 
-EVIDENCE_FEATURES = 7
-"""Mean signal, presence, log volume, and the mask's middle (slice, row, column) and spread, all relative to the study."""
+EVIDENCE_FEATURES = 6
+"""Presence, log volume, and the mask's middle (slice, row, column) and spread, all relative to the study."""
 
 
 class EvidenceEncoder(nn.Module):
-    """What a mask shows -> one language token: pooled pixel features, signal, presence and place."""
+    """What a mask shows -> one language token: pooled pixel features, presence and place."""
 
     def __init__(self, config: OmniMRIConfig) -> None:
         super().__init__()
