@@ -139,7 +139,8 @@ def location(mask: Tensor, labels: Tensor) -> str:
 
 
 def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, ...]:
-    """How bright cerebrospinal fluid, grey matter and lesions are against white matter, as `grey matter: darker`.
+    """How bright cerebrospinal fluid, grey matter and lesions are against white matter by their medians (masks are never
+    exact, and their borders hold their neighbours), as `grey matter: darker`.
 
     Args:
         image: (S, H, W) normalised intensities (`example.normalise`).
@@ -151,17 +152,17 @@ def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, 
     """
     sick = (lesions > 0) & (lesions < 255)
 
-    def mean(names: tuple[str, ...]) -> float | None:
+    def middle(names: tuple[str, ...]) -> float | None:
         wanted = [k for k, s in enumerate(STRUCTURES, 1) if s.name.removeprefix("left ").removeprefix("right ") in names]
         where = torch.isin(classes.long(), torch.tensor(wanted, device=classes.device)) & ~sick
-        return float(image[where].mean()) if int(where.sum()) >= 50 else None
+        return float(image[where].median()) if int(where.sum()) >= 50 else None
 
-    white = mean(("cerebral white matter",))
+    white = middle(("cerebral white matter",))
     if white is None:
         return ()
-    fluid = mean(("lateral ventricle", "3rd ventricle", "4th ventricle"))
-    level = {"cerebrospinal fluid": mean(("CSF",)) if fluid is None else fluid, "grey matter": mean(("cerebral cortex",)),
-             "lesion": float(image[sick].mean()) if int(sick.sum()) >= 20 else None}
+    fluid = middle(("lateral ventricle", "3rd ventricle", "4th ventricle"))
+    level = {"cerebrospinal fluid": middle(("CSF",)) if fluid is None else fluid, "grey matter": middle(("cerebral cortex",)),
+             "lesion": float(image[sick].median()) if int(sick.sum()) >= 20 else None}
     told = []
     for name, value in level.items():
         if value is not None:
