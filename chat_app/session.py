@@ -18,7 +18,7 @@ from omnimri.answer import NOTICE, Answer
 from omnimri.assistant import Assistant
 from omnimri.cli import markdown, write_answer
 from omnimri.conversation import Message
-from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground, plane_of
+from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground
 from omnimri.io import open_study
 from omnimri.volume import Study, Volume
 
@@ -93,10 +93,11 @@ class Session:
         if self.study is None:
             return "No study is open."
         rows = []
-        for v in self.study.volumes:
+        for v in self.study.series:
             size = " × ".join(map(str, v.shape))
             mm = " × ".join(f"{s:.2f}" for s in v.spacing_mm)
-            rows.append(f"- **{v.name}**: {v.sequence} (header), {plane_of(v)[1]}, {size} voxels of {mm} mm")
+            what = ", ".join(w for w in (v.kind if v.kind != "image" else "", v.variant, f"{v.sequence} (header)", v.plane) if w)
+            rows.append(f"- **{v.name}**: {what}, {size} voxels of {mm} mm — {v.why}")
         if self.study.kspace is not None:
             s, c, h, w = self.study.kspace.data.shape
             share = 100 * float(self.study.kspace.mask.float().mean())

@@ -13,8 +13,7 @@ import torch
 
 from omnimri.anatomy import CLASS_OF_LABEL, STRUCTURES
 from omnimri.assistant import Assistant
-from omnimri.io import open_study
-from omnimri.io.nifti import study_of
+from omnimri.io import open_study, study_of
 from omnimri.measure import rank_components
 from omnimri.volume import Study
 
@@ -26,19 +25,13 @@ WHITE = [s.label for s in STRUCTURES if s.tissue == "wm"]
 
 
 def load_any(path: Path) -> tuple[Study, np.ndarray]:
-    """A study from NIfTI or from anything else nibabel reads, and its array.
+    """A study from a file, and its array.
 
     Raises:
         ValueError: it cannot be read.
     """
-    import nibabel
-
-    if path.name.endswith((".nii", ".nii.gz")):
-        study = open_study(path)
-        return study, study.primary.voxels[0].numpy()
-    image = nibabel.load(path)
-    array = np.asarray(image.dataobj, dtype=np.float32)
-    return study_of(array, np.asarray(image.affine, dtype=np.float64), oriented=True), array
+    study = open_study(path)
+    return study, study.primary.voxels[0].numpy()
 
 
 def to_structures(labels: np.ndarray) -> np.ndarray:

@@ -146,7 +146,8 @@ class Assistant:
         on_text: Callable[[str], bool] | None,
         beams: int,
     ) -> Answer:
-        seen = self.examine(study.primary)
+        volume = study.named(question) or study.primary
+        seen = self.examine(volume)
         if not seen.in_scope:
             return self._answer(study, seen, "I cannot judge this study: it is unlike the images I was trained on.",
                                 task or "text", torch.zeros_like(seen.labels), ())
@@ -286,6 +287,8 @@ class Assistant:
         measures, kept_text, empty = self._measures(text, labels, lesions, seen)
         filled = fill_slots(kept_text, measures, seen, len(seen.lesions)) if kept_text else _segment_text(structures)
         told = lesions or (seen.lesions if LESION in wanted or task in ("detect", "report") else ())
+        if len(study.volumes) > 1:
+            notes = (f"answered on {volume.name} ({seen.sequence}) of {len(study.volumes)} series; name another to ask about it", *notes)
         warnings = (*study.warnings, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
         if not volume.oriented:
             warnings = (*warnings, "sides are unknown: the file gives no orientation")
@@ -358,6 +361,7 @@ class Assistant:
             "shape": list(seen.volume.shape),
             "spacing_mm": [round(v, 3) for v in seen.volume.spacing_mm],
             "series": len(study.volumes),
+            "used": seen.volume.name,
             "oriented": seen.volume.oriented,
         }
 

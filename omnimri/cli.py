@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .assistant import Assistant
 
 NOTICE = "Research use only. Not a medical device."
+SHORT = {"repetition_time_ms": "TR", "echo_time_ms": "TE", "inversion_time_ms": "TI", "flip_angle_deg": "flip", "field_strength_tesla": "T",
+         "b_value_s_per_mm2": "b"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -54,27 +56,33 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
         return sub
 
-    study = "NIfTI file, DICOM folder or zip, or k-space .h5"
+    study = "image file, DICOM folder or zip, or k-space .h5"
+    which: dict[str, Any] = {"metavar": "1,2.3", "help": "series to use, as `omnimri info` names them (default: chosen, and said why)"}
     info = command("info", run_info, "Tell what a study holds and what would be used.", model=False)
     info.add_argument("study", metavar="STUDY", help=study)
+    info.add_argument("--series", **which)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     ask = command("ask", run_ask, "Answer a question about a study.")
     ask.add_argument("study", metavar="STUDY", help=study)
+    ask.add_argument("--series", **which)
     ask.add_argument("question")
     ask.add_argument("--task", choices=("segment", "detect", "report", "reconstruct"), help="choose the task yourself")
     ask.add_argument("--out", metavar="DIR", help="write answer.json, answer.md and the masks here")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     segment = command("segment", run_segment, "Write a label map with the scan's shape and affine.")
     segment.add_argument("study", metavar="STUDY", help=study)
+    segment.add_argument("--series", **which)
     segment.add_argument("--out", required=True, metavar="seg.nii.gz")
     segment.add_argument("--structures", default="all", help="'all' or names, such as 'left hippocampus,lesion'")
     segment.add_argument("--json", action="store_true", help="print one JSON object")
     report = command("report", run_report, "Write a report with its findings and masks.")
     report.add_argument("study", metavar="STUDY", help=study)
+    report.add_argument("--series", **which)
     report.add_argument("--out", required=True, metavar="DIR")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     reconstruct = command("reconstruct", run_reconstruct, "Reconstruct k-space to a magnitude image.")
-    reconstruct.add_argument("study", metavar="KSPACE", help="HDF5 with `kspace`")
+    reconstruct.add_argument("study", metavar="KSPACE", help="HDF5 of fastMRI or ISMRMRD")
+    reconstruct.set_defaults(series=None)
     reconstruct.add_argument("--out", required=True, metavar="recon.nii.gz")
     for entry in entry_points(group="omnimri.commands"):
         sub = commands.add_parser(entry.name, help="Start the chat page on this machine.", add_help=False)
@@ -97,10 +105,10 @@ def _assistant(args: Any) -> Assistant:
     return Assistant(args.checkpoint, device=args.device)
 
 
-def _open(path: str) -> Any:
+def _open(args: Any) -> Any:
     from .io import open_study
 
-    study = open_study(path)
+    study = open_study(args.study, series=args.series.split(",") if args.series else None)
     for warning in study.warnings:
         print(f"omnimri: warning: {warning}", file=sys.stderr)
     return study
@@ -108,20 +116,23 @@ def _open(path: str) -> Any:
 
 def run_info(args: Any) -> None:
     """Omnimri info."""
-    from .grid import plane_of
-
-    study = _open(args.study)
+    study = _open(args)
+    primary = study.primary.name if study.volumes else None
     rows = [
         {
-            "series": v.name,
-            "sequence": v.sequence,
-            "plane": plane_of(v)[1],
-            "shape": list(v.shape),
-            "spacing_mm": [round(s, 3) for s in v.spacing_mm],
-            "parameters": dict(v.parameters),
-            "used": v is study.primary,
+            "series": s.name,
+            "format": s.format,
+            "kind": s.kind,
+            "variant": s.variant,
+            "sequence": s.sequence,
+            "plane": s.plane,
+            "shape": list(s.shape),
+            "spacing_mm": [round(v, 3) for v in s.spacing_mm],
+            "parameters": dict(s.parameters),
+            "used": s.name == primary,
+            "why": f"{s.why}; questions are about this one" if s.name == primary else s.why,
         }
-        for v in study.volumes
+        for s in study.series
     ]
     told: dict[str, Any] = {"series": rows, "warnings": list(study.warnings), "notice": NOTICE}
     if study.kspace is not None:
@@ -129,12 +140,15 @@ def run_info(args: Any) -> None:
     if args.json:
         print(json.dumps(told))
         return
+    table = [("series", "what", "sequence", "plane", "voxels", "mm", "parameters", "")]
     for row in rows:
-        size = " x ".join(map(str, row["shape"]))
-        mm = " x ".join(f"{s:g}" for s in row["spacing_mm"])
-        why = "used: most voxels" if row["used"] else "not used"
-        print(f"{row['series']}: {row['sequence']}, {row['plane']}, {size} voxels of {mm} mm ({why})")
-        print("  " + (", ".join(f"{k} {v:g}" for k, v in row["parameters"].items()) or "no sequence parameters in the header"))
+        size, mm = " x ".join(map(str, row["shape"])), " x ".join(f"{s:.3g}" for s in row["spacing_mm"])
+        numbers = ", ".join(f"{SHORT.get(k, k)} {v:g}" for k, v in row["parameters"].items()) or "-"
+        what = ", ".join(w for w in (row["format"], row["kind"], row["variant"]) if w)
+        table.append((row["series"], what, row["sequence"], row["plane"], size, mm, numbers, row["why"]))
+    widths = [max(len(line[k]) for line in table) for k in range(7)]
+    for line in table if rows else []:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[7]]).rstrip())
     if "kspace" in told:
         print(f"k-space: (slices, coils, height, width) {tuple(told['kspace']['shape'])}, {100 * told['kspace']['sampled']:.1f} % sampled")
     print(NOTICE)
@@ -142,7 +156,7 @@ def run_info(args: Any) -> None:
 
 def run_ask(args: Any) -> None:
     """Omnimri ask."""
-    study = _open(args.study)
+    study = _open(args)
     answer = _assistant(args).answer(study, args.question, task=args.task)
     if args.out:
         write_answer(answer, Path(args.out))
@@ -155,7 +169,7 @@ def run_segment(args: Any) -> None:
 
     resolve_names(args.structures)
     _check_output(args.out)
-    study = _open(args.study)
+    study = _open(args)
     answer = _assistant(args).segment(study, args.structures)
     write_labels(answer, Path(args.out))
     _print(answer, args.json)
@@ -163,7 +177,7 @@ def run_segment(args: Any) -> None:
 
 def run_report(args: Any) -> None:
     """Omnimri report."""
-    study = _open(args.study)
+    study = _open(args)
     answer = _assistant(args).answer(study, "Write a report.", task="report")
     write_answer(answer, Path(args.out))
     _print(answer, args.json)
@@ -174,7 +188,7 @@ def run_reconstruct(args: Any) -> None:
     from .io.nifti import write_nifti
 
     _check_output(args.out)
-    study = _open(args.study)
+    study = _open(args)
     if study.kspace is None:
         raise ValueError("expected raw k-space (.h5), got an image; there is nothing to reconstruct")
     image = _assistant(args).reconstruct(study.kspace)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+_NAMED = (
+    (r"flair", "FLAIR"),
+    (r"(contrast|post|gad|t1.{0,12}(contrast|gd|gad|\+ ?c|ce\b))", "T1w-Gd"),
+    (r"t1", "T1w"),
+    (r"t2", "T2w"),
+    (r"(pd|proton)", "PDw"),
+)
+"""What people call a sequence, the first that fits."""
+_ON_SEQUENCE = re.compile(
+    r"\b(?:on|in|of|from|using|for) (?:the |this |my )?((?:flair|contrast|post.?contrast|gad|t1|t2|pd|proton)[^.,;?!]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Volume:
     """Whether the file told its orientation; without it sides are unknown."""
     name: str = ""
     """A label made by us (never header text), such as `series 1`."""
+    frame: int = 0
+    """Number of the frame of reference: volumes of one frame share their space."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,12 +73,33 @@ class KSpace:
 
 
 @dataclass(frozen=True)
+class SeriesNote:
+    """What was found of one series, whether or not it is used; every word is this project's own."""
+
+    name: str
+    format: str
+    kind: str
+    """`image`, `localizer`, `ADC map`, ..."""
+    variant: str
+    """What tells volumes of one series apart, such as `echo 2 of 3`; or nothing."""
+    sequence: str
+    plane: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    parameters: Mapping[str, float]
+    why: str
+    """`used`, or `not used:` and the reason."""
+
+
+@dataclass(frozen=True)
 class Study:
     """What a person opened: one or several volumes, or raw k-space, with what was noticed on the way."""
 
     volumes: tuple[Volume, ...] = ()
     kspace: KSpace | None = None
     warnings: tuple[str, ...] = ()
+    series: tuple[SeriesNote, ...] = ()
+    """Everything that was found in the files."""
 
     @property
     def primary(self) -> Volume:
@@ -76,3 +111,19 @@ class Study:
         if not self.volumes:
             raise ValueError("expected an image, got raw k-space only; reconstruct it first (omnimri reconstruct)")
         return max(self.volumes, key=lambda v: v.voxels.numel())
+
+    def named(self, question: str) -> Volume | None:
+        """The volume that a question names: `series 2`, or `on the FLAIR`; None where it names none, or more than one fits."""
+        number = re.search(r"\bseries (\d+(?:\.\d+)?)", question, re.IGNORECASE)
+        if number:
+            fits = [v for v in self.volumes if v.name.removeprefix("series ") == number[1]]
+        else:
+            asked = _ON_SEQUENCE.search(question)
+            if asked is None:
+                return None
+            words = asked[1].lower()
+            wanted = next(s for pattern, s in _NAMED if re.match(pattern, words))
+            fits = [v for v in self.volumes if v.sequence == wanted]
+            if wanted == "T1w" and not fits:
+                fits = [v for v in self.volumes if v.sequence == "T1w-Gd"]
+        return fits[0] if len(fits) == 1 else None

@@ -94,7 +94,7 @@ def write_dicom(volume: Volume, folder: Path, *, modality: str = "MR", shuffle: 
     stored = np.round((voxels - low) / (high - low) * 4095).astype(np.uint16)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine.numpy()
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    series, study = generate_uid(), generate_uid()
+    series, study = generate_uid(), generate_uid(entropy_srcs=["one study"])
     order = np.random.default_rng(0).permutation(stored.shape[2]) if shuffle else range(stored.shape[2])
     for number, k in enumerate(order):
         meta = FileMetaDataset()

@@ -50,7 +50,8 @@ def runs(request, tmp_path_factory):
     stage("align", home / "align", init=home / "vision", steps=80, batch_size=32, **locked, **shared)
     shares = {"mask_share": 0.3, "word_share": 0.62}
     stage("pretrain", home / "pretrain", init=home / "align", steps=640, batch_size=3, **shares, **shared)
-    stage("instruct", home / "instruct", init=home / "pretrain", steps=20, batch_size=3, **shared)
+    shares = {"mask_share": 0, "word_share": 0.9}
+    stage("instruct", home / "instruct", init=home / "pretrain", steps=40, batch_size=3, **shares, **shared)
     return home
 
 
@@ -160,8 +161,10 @@ def test_stage_4_needs_the_image(runs, held_out):
     told = []
     for records in (held_out, blank):
         looks = [(r, see(model, tokenizer, r)) for r in records]
-        told.append(sum(infer_sequence(model, tokenizer, r.plane, s.signal)[0] == r.sequence for r, s in looks))
-    assert told[0] >= 2 * told[1], told
+        named = [infer_sequence(model, tokenizer, r.plane, s.signal)[0] for r, s in looks]
+        told.append(sum(said == r.sequence.removesuffix("-Gd") for said, r in zip(named, records, strict=True)) / len(records))
+    assert told[0] >= 0.6, told
+    assert told[0] >= told[1] + 0.15, told
     assert dice_of_queries(runs / "instruct", held_out[:16])[1] >= 0.6
     assert dice_of_queries(runs / "instruct", blank[:16])[1] < 0.3
 

@@ -1,49 +1,104 @@
-"""Files in and out: file -> Study, and Volume -> file. Nothing here needs torch until arrays exist."""
+"""Files in and out: file -> Study, and Volume -> file. Nothing here needs torch until arrays exist.
+
+Files are decoded in a child process without torch, under limits (`sandbox`, `child`); only numbers and words of this
+project's own come back.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .sandbox import TIME_S, take, warm
 
 if TYPE_CHECKING:
-    from ..volume import Study
+    import numpy as np
 
-MAX_VOXELS = 512 * 512 * 1024
-"""A study whose header claims more is refused before anything is decoded."""
+    from ..volume import Study, Volume
+
+__all__ = ["open_study", "study_of", "warm"]
 
 
-def open_study(path: str | Path) -> Study:
-    """Read a NIfTI file, a DICOM folder or zip, or an HDF5 k-space file.
+def open_study(path: str | Path, *, series: Sequence[str] | None = None, time_s: float = TIME_S) -> Study:
+    """Read a file, folder or zip in any of the formats of `omnimri.io.intake`.
+
+    Args:
+        series: Names of series to use, as `omnimri info` prints them; None chooses.
+        time_s: Longest that decoding may take.
 
     Raises:
         ValueError: it cannot be used; the message says what was expected, what came and what to do.
     """
     path = Path(path)
-    name = path.name.lower()
     if not path.exists():
         raise ValueError("expected a file or folder, found none at the given path; check its spelling")
-    if path.is_dir() or name.endswith(".zip") or name.endswith(".dcm"):
-        from .dicom import read_dicom
+    child = take()
+    try:
+        return _study(child.ask({"path": str(path.resolve()), "series": list(series) if series else None}, time_s), child.room)
+    finally:
+        child.close()
 
-        return read_dicom(path)
-    if name.endswith((".nii", ".nii.gz")):
-        from .nifti import read_nifti
 
-        return read_nifti(path)
-    if name.endswith((".h5", ".hdf5")):
-        from .kspace import read_kspace
+def _study(told: dict[str, Any], room: Path) -> Study:
+    """The study of a child's answer; its arrays are mapped, so that the folder may go."""
+    import numpy as np
+    import torch
 
-        return read_kspace(path)
-    if path.is_file() and _is_dicom(path):
-        from .dicom import read_dicom
+    from ..grid import plane_of
+    from ..volume import KSpace, SeriesNote, Study, Volume
 
-        return read_dicom(path)
-    raise ValueError(
-        "expected NIfTI (.nii, .nii.gz), a DICOM folder or .zip, or k-space (.h5); got a file of another kind; "
-        "convert the series first, for instance to NIfTI"
+    def mapped(file: str) -> Any:
+        array = np.load(room / file, mmap_mode="c", allow_pickle=False)
+        return torch.from_numpy(array)
+
+    volumes, notes, warnings = [], [], []
+    several = sum(row["file"] is not None for row in told["series"]) > 1
+    for row in told["series"]:
+        name = f"series {row['name']}"
+        if row["file"] is not None:
+            volumes.append(_volume(row, mapped(row["file"]), name))
+            warnings += [f"{name}: {w}" if several else w for w in row["warnings"]]
+        place = Volume(torch.zeros(1).expand(1, *row["shape"]), torch.tensor(row["affine"], dtype=torch.float64))
+        notes.append(SeriesNote(name, row["format"], row["kind"], row["variant"], row["sequence"], plane_of(place)[1], place.shape,
+                                place.spacing_mm, row["parameters"], row["why"]))
+        if row["why"].startswith("not used: expected"):
+            warnings.append(f"{name} is not used: {row['why'].removeprefix('not used: ')}")
+    if told["passed_over"]:
+        warnings.append(f"passed over: {'; '.join(told['passed_over'])}")
+    if len({row["patient"] for row in told["series"]}) > 1:
+        warnings.append("more than one patient or study in these files: only one is used")
+    kspace = None
+    if told["kspace"] is not None:
+        warnings += told["kspace"]["warnings"]
+        kspace = KSpace(mapped("kspace.npy"), mapped("mask.npy"), torch.tensor(told["kspace"]["affine"], dtype=torch.float64))
+    return Study(volumes=tuple(volumes), kspace=kspace, warnings=tuple(warnings), series=tuple(notes))
+
+
+def _volume(row: dict[str, Any], voxels: Any, name: str) -> Volume:
+    import torch
+
+    from ..volume import Volume
+
+    return Volume(
+        voxels=voxels[None], affine=torch.tensor(row["affine"], dtype=torch.float64), sequence=row["sequence"],
+        source=tuple(row["source"]), parameters=row["parameters"], oriented=row["oriented"], name=name, frame=row["frame"],
     )
 
 
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as f:
-        return f.read(132)[128:] == b"DICM"
+def study_of(voxels: np.ndarray, affine: np.ndarray, *, oriented: bool = True) -> Study:
+    """A one-volume study from an array of this program's own and its affine, checked like a file's.
+
+    Raises:
+        ValueError: no finite value, no contrast, or a degenerate affine.
+    """
+    import numpy as np
+    import torch
+
+    from ..volume import Study, Volume
+    from .series import check_affine, check_voxels
+
+    checked, warnings = check_voxels(voxels)
+    place = torch.from_numpy(check_affine(affine).copy())
+    volume = Volume(torch.from_numpy(np.ascontiguousarray(checked))[None], place, oriented=oriented, name="series 1")
+    return Study(volumes=(volume,), warnings=tuple(warnings))

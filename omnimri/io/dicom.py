@@ -1,198 +1,383 @@
-"""Classic MR DICOM: a file, a folder or a zip, one or several series; geometry from positions only.
+"""DICOM: instances -> frames -> volumes; classic, enhanced multi-frame and mosaic MR. Geometry from positions only.
 
-No free text is kept: sequence parameters come through a whitelist of numeric and coded fields.
+No free text is kept; what a header may tell is in `headers.py`. Runs in the decoding child.
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from ..volume import Study, Volume
-from . import MAX_VOXELS
+from .headers import ENHANCED, MOSAIC_IMAGES, TAGS, class_of, codes, kind_of, number, parameters_of, sequence_of, uid
+from .series import Contents, Series, UnusableError, check_affine, check_shape
 
-MAX_FILES = 20_000
-MAX_FILE_BYTES = 256 * 2**20
-MAX_RATIO = 200
-PARAMETERS = {
-    "repetition_time_ms": "RepetitionTime",
-    "echo_time_ms": "EchoTime",
-    "inversion_time_ms": "InversionTime",
-    "flip_angle_deg": "FlipAngle",
-    "field_strength_tesla": "MagneticFieldStrength",
-}
-"""Numeric header fields that may be spoken of."""
+NATIVE = {"1.2.840.10008.1.2": True, "1.2.840.10008.1.2.1": False}
+"""Uncompressed little-endian transfer syntaxes, and whether value types are implicit."""
+DEFLATED = "1.2.840.10008.1.2.1.99"
+KEYS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+"""What tells series apart; none of it leaves."""
+MAX_INFLATED = 2**30
+MAX_FRAMES = 100_000
+EVEN = 0.1
+"""Share of the slice distance by which gaps may differ."""
 
 
-def read_dicom(path: Path) -> Study:
-    """Read every MR series of one frame that can be stacked into a volume.
+@dataclass
+class Frame:
+    """One slice of one instance."""
+
+    path: Path
+    number: int
+    """Frame of a multi-frame instance, from 0; tile of a mosaic."""
+    header: Any
+    offset: int
+    """Where Pixel Data begins in the file; 0 where it has to be parsed again."""
+    position: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    spacing: tuple[float, float]
+    """Between rows, between columns, mm."""
+    size: tuple[int, int]
+    """Rows, columns."""
+    tiles: int = 0
+    """Tiles a side of a mosaic; 0 for none."""
+    slope: float = 1.0
+    intercept: float = 0.0
+    parameters: dict[str, float] = field(default_factory=dict)
+    kind: str = "image"
+    stack: str = ""
+    order: tuple[int, ...] = ()
+    """Temporal position, acquisition and instance number."""
+
+
+def read_dicom(paths: list[Path]) -> Contents:
+    """Every MR image of the instances, and sentences on the others."""
+    found, broken = Contents(), 0
+    junk: dict[str, int] = defaultdict(int)
+    series: dict[tuple[str, ...], list[Frame]] = defaultdict(list)
+    frames = 0
+    for path in paths:
+        try:
+            header, offset = read_header(path)
+            what = class_of(header)
+            if what == "MR image":
+                made = frames_of(path, header, offset)
+                frames += len(made)
+                key = tuple(str(header.get(k, "")) for k in KEYS)
+                series[key].extend(made)
+                if not made:
+                    what = "MR instance without pixels or position"
+        except UnusableError as error:
+            junk[str(error)] += 1
+            continue
+        except Exception:  # pydicom raises many kinds on hostile bytes; none of their text may leave
+            broken += 1
+            continue
+        if frames > MAX_FRAMES:
+            raise UnusableError(f"expected at most {MAX_FRAMES} images, got more; choose one study")
+        if what != "MR image" or not made:
+            junk[what] += 1
+    found.passed_over += [f"{n} x {words}" if n > 1 else words for words, n in sorted(junk.items())]
+    if broken:
+        found.passed_over.append(f"{broken} damaged DICOM file{'s' if broken > 1 else ''}")
+    patients = {k: n for n, k in enumerate(dict.fromkeys(key[:2] for key in series))}
+    spaces = {k: n for n, k in enumerate(dict.fromkeys(key[3] for key in series))}
+    for k, (key, members) in enumerate(series.items()):
+        for volume in volumes_of(members, found.passed_over):
+            volume.group = k
+            volume.patient, volume.frame = patients[key[:2]], spaces[key[3]]
+            found.series.append(volume)
+    return found
+
+
+def read_header(path: Path) -> tuple[Any, int]:
+    """Whitelisted header fields, and where Pixel Data begins.
 
     Raises:
-        ValueError: nothing usable; the message tells why.
+        UnusableError: a deflated file inflates beyond its limit.
     """
     import pydicom
+    from pydicom.filereader import read_preamble
 
-    series: dict[tuple, list[Any]] = defaultdict(list)
-    other: set[str] = set()
-    unreadable = total = 0
-    for data in _files(path):
-        total += 1
+    with path.open("rb") as f:
         try:
-            instance = pydicom.dcmread(io.BytesIO(data), force=False)
-            modality = str(instance.get("Modality", ""))
-        except Exception as error:  # any decoder error: pydicom raises many kinds on hostile bytes
-            unreadable += 1
-            _ = error
-            continue
-        if modality != "MR":
-            other.add(modality if modality.isalpha() and len(modality) <= 4 else "unknown")
-        elif "PixelData" in instance and "ImagePositionPatient" in instance and "ImageOrientationPatient" in instance:
-            direction = tuple(round(float(v), 3) for v in instance.ImageOrientationPatient)
-            key = (str(instance.get("SeriesInstanceUID", "")), direction, int(instance.Rows), int(instance.Columns))
-            series[key].append(instance)
-        else:
-            other.add("MR without pixels or position")
-    if total == 0:
-        raise ValueError("expected DICOM files, got an empty folder or archive")
-    if not series:
-        if other:
-            raise ValueError(f"expected DICOM of modality MR, got {', '.join(sorted(other))}; choose an MR series")
-        raise ValueError(f"expected DICOM files, got {total} files of which none can be read as DICOM; copy them again")
-    warnings = [f"{unreadable} files are not DICOM and were passed over"] if unreadable else []
-    if other:
-        warnings.append(f"passed over: {', '.join(sorted(other))}")
-    volumes, reasons = [], []
-    for number, instances in enumerate(series.values(), 1):
-        try:
-            volumes.append(_stack(instances, f"series {number}", warnings))
-        except ValueError as error:
-            reasons.append(f"series {number}: {error}")
-    if not volumes:
-        raise ValueError("; ".join(reasons))
-    return Study(volumes=tuple(volumes), warnings=(*warnings, *reasons))
+            read_preamble(f, force=True)
+            meta = pydicom.filereader._read_file_meta_info(f)
+            syntax = str(meta.get("TransferSyntaxUID", ""))
+            if syntax == DEFLATED:
+                inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+                if len(inflate.decompress(f.read(), MAX_INFLATED + 1)) > MAX_INFLATED:
+                    raise UnusableError("expected an image file, got one that inflates beyond its limit")
+        finally:
+            f.seek(0)
+        header = pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
+        return header, f.tell() if syntax in NATIVE else 0
 
 
-def _files(path: Path) -> Iterator[bytes]:
-    """Contents of every regular file; archives are read in memory and never unpacked to disk."""
-    if path.is_dir():
-        names = sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink())
-        if len(names) > MAX_FILES:
-            raise ValueError(f"expected at most {MAX_FILES} files, got {len(names)}; choose one study's folder")
-        for name in names:
-            if name.stat().st_size <= MAX_FILE_BYTES:
-                yield name.read_bytes()
-        return
-    if not path.name.lower().endswith(".zip"):
-        yield path.read_bytes()
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [e for e in archive.infolist() if not e.is_dir()]
-            if len(entries) > MAX_FILES:
-                raise ValueError(f"expected at most {MAX_FILES} files, got {len(entries)}; zip one study")
-            for entry in entries:
-                parts = entry.filename.replace("\\", "/").split("/")
-                if ".." in parts or entry.filename.startswith(("/", "\\")) or ":" in parts[0]:
-                    raise ValueError("expected plain names in the archive, got one that points outside it; zip it again")
-                if entry.file_size > MAX_FILE_BYTES or entry.file_size > MAX_RATIO * max(entry.compress_size, 1024):
-                    raise ValueError("expected image files in the archive, got one that inflates beyond its limit")
-                with archive.open(entry) as f:
-                    yield f.read(MAX_FILE_BYTES + 1)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"expected a zip archive, got one that cannot be read ({type(error).__name__})") from None
+def frames_of(path: Path, header: Any, offset: int) -> list[Frame]:
+    """The frames of one MR instance; none where it has no pixels or no position."""
+    rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+    if rows < 1 or columns < 1 or int(header.get("SamplesPerPixel") or 1) != 1:
+        return []
+    parameters, kind = parameters_of(header), kind_of(codes(header.get("ImageType")))
+    common = {"path": path, "header": header, "offset": offset, "size": (rows, columns), "parameters": parameters, "kind": kind}
+    order = ("TemporalPositionIdentifier", "AcquisitionNumber", "InstanceNumber")
+    numbers = tuple(int(number(header.get(k), high=1e9) or 0) for k in order)
+    slope, intercept = _rescale(header)
+    if "PerFrameFunctionalGroupsSequence" in header:
+        return _enhanced_frames(header, common)
+    if "ImagePositionPatient" not in header or "ImageOrientationPatient" not in header or "PixelSpacing" not in header:
+        return []
+    position, row, column = _vectors(header.ImagePositionPatient, header.ImageOrientationPatient)
+    spacing = _spacing(header.PixelSpacing)
+    if "MOSAIC" in codes(header.get("ImageType")):
+        return _mosaic_frames(header, common, position, row, column, spacing, (slope, intercept), numbers)
+    if int(header.get("NumberOfFrames") or 1) != 1:
+        return []
+    return [Frame(number=0, position=position, row=row, column=column, spacing=spacing, slope=slope, intercept=intercept,
+                  order=numbers, **common)]
 
 
-def _stack(instances: list[Any], name: str, warnings: list[str]) -> Volume:
-    """One volume from the instances of a series.
+def _enhanced_frames(header: Any, common: dict[str, Any]) -> list[Frame]:
+    shared = header.SharedFunctionalGroupsSequence[0] if header.get("SharedFunctionalGroupsSequence") else {}
+    made = []
+    for k, own in enumerate(header.PerFrameFunctionalGroupsSequence):
+        if k >= MAX_FRAMES:
+            raise UnusableError(f"expected at most {MAX_FRAMES} frames, got more; choose one study")
+
+        def item(name: str, own: Any = own) -> Any:
+            group = own.get(name) or shared.get(name)
+            return group[0] if group else {}
+
+        place, turn, measures = item("PlanePositionSequence"), item("PlaneOrientationSequence"), item("PixelMeasuresSequence")
+        if "ImagePositionPatient" not in place or "ImageOrientationPatient" not in turn or "PixelSpacing" not in measures:
+            return []
+        position, row, column = _vectors(place.ImagePositionPatient, turn.ImageOrientationPatient)
+        parameters = dict(common["parameters"])
+        for name, (group, key) in ENHANCED.items():
+            value = number(item(group).get(key))
+            if value is not None:
+                parameters[name] = value
+        content, frame_type = item("FrameContentSequence"), item("MRImageFrameTypeSequence")
+        slope, intercept = _rescale(item("PixelValueTransformationSequence"))
+        order = (int(number(content.get("TemporalPositionIndex"), high=1e9) or 0), 0, k)
+        kind = kind_of(codes(frame_type.get("FrameType"))) if "FrameType" in frame_type else common["kind"]
+        made.append(Frame(number=k, position=position, row=row, column=column, spacing=_spacing(measures.PixelSpacing), slope=slope,
+                          intercept=intercept, stack=str(content.get("StackID", "")), order=order,
+                          **{**common, "parameters": parameters, "kind": kind}))
+    return made
+
+
+def _mosaic_frames(
+    header: Any, common: dict[str, Any], position: np.ndarray, row: np.ndarray, column: np.ndarray, spacing: tuple[float, float],
+    rescale: tuple[float, float], numbers: tuple[int, ...]
+) -> list[Frame]:
+    """Tiles of a Siemens mosaic: the header's position is that of the whole sheet, as if it were one slice.
 
     Raises:
-        ValueError: slices are unevenly spaced or pixels cannot be decoded.
+        UnusableError: the private header that counts and orders the tiles is missing.
     """
-    import numpy as np
+    from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal
 
-    first = instances[0]
-    row, column = (np.array([float(v) for v in first.ImageOrientationPatient[k : k + 3]]) for k in (0, 3))
+    csa = get_csa_header(header)
+    count = get_n_mosaic(csa) if csa else None
+    if not count and MOSAIC_IMAGES in header:
+        count = int(number(header[MOSAIC_IMAGES].value) or 0)
+    normal = get_slice_normal(csa) if csa else None
+    if not count or normal is None:
+        raise UnusableError("a mosaic whose private header does not tell its tiles; export it as single images")
+    rows, columns = common["size"]
+    side = int(np.ceil(np.sqrt(count)))
+    tile = rows // side, columns // side
+    if min(tile) < 1:
+        raise UnusableError("a mosaic with more tiles than pixels")
+    # Siemens places the sheet so that its middle is the tile's middle.
+    corner = position + row * spacing[1] * (columns - tile[1]) / 2 + column * spacing[0] * (rows - tile[0]) / 2
+    gap = float(number(header.get("SpacingBetweenSlices")) or number(header.get("SliceThickness")) or 1.0)
+    made = []
+    for k in range(count):
+        made.append(Frame(number=k, position=corner + k * gap * np.asarray(normal, float), row=row, column=column, spacing=spacing,
+                          tiles=side, slope=rescale[0], intercept=rescale[1], order=numbers, **{**common, "size": tile}))
+    return made
+
+
+def _rescale(item: Any) -> tuple[float, float]:
+    slope, intercept = item.get("RescaleSlope"), item.get("RescaleIntercept")
+    values = float(slope) if slope not in (None, "") else 1.0, float(intercept) if intercept not in (None, "") else 0.0
+    if not np.isfinite(values).all() or values[0] == 0:
+        raise UnusableError("an image whose rescale slope is zero or not finite")
+    return values
+
+
+def _spacing(value: Any) -> tuple[float, float]:
+    rows_mm, columns_mm = (float(v) for v in value)
+    if not (0 < rows_mm < 1000 and 0 < columns_mm < 1000):
+        raise UnusableError("an image without positive pixel spacing")
+    return rows_mm, columns_mm
+
+
+def _vectors(position: Any, orientation: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    p, o = np.array([float(v) for v in position]), np.array([float(v) for v in orientation])
+    if p.shape != (3,) or o.shape != (6,) or not (np.isfinite(p).all() and np.isfinite(o).all()):
+        raise UnusableError("an image whose position or orientation is no number")
+    row, column = o[:3], o[3:]
     if abs(np.linalg.norm(row) - 1) > 0.01 or abs(np.linalg.norm(column) - 1) > 0.01 or abs(row @ column) > 0.01:
-        raise ValueError("expected perpendicular unit image directions in the header, got others")
-    normal = np.cross(row, column)
-    at: dict[float, tuple[Any, Any]] = {}
-    for instance in sorted(instances, key=lambda i: int(i.get("InstanceNumber") or 0)):
-        position = np.array([float(v) for v in instance.ImagePositionPatient])
-        at.setdefault(round(float(position @ normal), 3), (position, instance))
-    if len(at) < len(instances):
-        warnings.append(f"{name}: {len(instances) - len(at)} images share a position with another and were passed over")
-    places = sorted(at)
-    positions = np.array([at[p][0] for p in places])
-    kept = [at[p][1] for p in places]
-    rows_mm, columns_mm = (float(v) for v in first.PixelSpacing)
-    if rows_mm <= 0 or columns_mm <= 0:
-        raise ValueError(f"expected positive pixel spacing, got {rows_mm} x {columns_mm} mm")
-    if len(kept) * int(first.Rows) * int(first.Columns) > MAX_VOXELS:
-        raise ValueError(f"expected at most {MAX_VOXELS} voxels, got more; choose one series")
+        raise UnusableError("an image whose directions are not perpendicular unit vectors")
+    return p, row, column
+
+
+def volumes_of(frames: list[Frame], passed_over: list[str]) -> list[Series]:
+    """The volumes of one series: told apart by kind, orientation, size, stack, echo, b-value and repetition."""
+    groups: dict[tuple[Any, ...], list[Frame]] = defaultdict(list)
+    for f in frames:
+        turn = tuple(np.round(np.concatenate([f.row, f.column]), 2) + 0.0)
+        size = (*f.size, round(f.spacing[0], 3), round(f.spacing[1], 3))
+        echo, b = f.parameters.get("echo_time_ms", 0.0), f.parameters.get("b_value_s_per_mm2", 0.0)
+        groups[(f.kind, turn, size, f.stack, round(echo, 1), round(b))].append(f)
+    kinds = {k[:4] for k in groups}
+    echoes, bs = sorted({k[4] for k in groups}), sorted({k[5] for k in groups})
+    made = []
+    for key, members in groups.items():
+        words = []
+        if len(echoes) > 1 and len(kinds) < len(groups):
+            words.append(f"echo {echoes.index(key[4]) + 1} of {len(echoes)}")
+        if len(bs) > 1:
+            words.append(f"b {key[5]:g} s/mm2")
+        for repeat, of, stack in repeats(members):
+            told = [*words, f"volume {repeat} of {of}"] if of > 1 else words
+            try:
+                made.append(stack_frames(stack, ", ".join(told)))
+            except UnusableError as error:
+                passed_over.append(f"{key[0]} of {len(stack)} slice{'s' if len(stack) > 1 else ''}: {error}")
+    return made
+
+
+def repeats(frames: list[Frame]) -> list[tuple[int, int, list[Frame]]]:
+    """(number, of how many, frames): images that share their positions are repetitions, in the order they were taken."""
+    normal = np.cross(frames[0].row, frames[0].column)
+    at: dict[float, list[Frame]] = defaultdict(list)
+    for f in sorted(frames, key=lambda f: f.order):
+        at[round(float(f.position @ normal), 2)].append(f)
+    counts = {len(v) for v in at.values()}
+    if len(counts) == 1:
+        of = counts.pop()
+        return [(k + 1, of, [v[k] for v in at.values()]) for k in range(of)]
+    return [(1, 1, [v[0] for v in at.values()])]
+
+
+def stack_frames(frames: list[Frame], variant: str) -> Series:
+    """One volume of frames with one orientation and one size, each at a position of its own.
+
+    Raises:
+        UnusableError: slices are unevenly spaced or do not lie on one line.
+    """
+    first = frames[0]
+    normal = np.cross(first.row, first.column)
+    kept = sorted(frames, key=lambda f: float(f.position @ normal))
+    positions = np.array([f.position for f in kept])
+    warnings = []
     if len(kept) > 1:
-        gaps = np.diff(places)
-        if gaps.max() - gaps.min() > 0.1 * np.median(gaps):
-            raise ValueError(
-                f"expected evenly spaced slices, got gaps from {gaps.min():.2f} to {gaps.max():.2f} mm; is a slice missing?"
-            )
+        gaps = np.diff(positions @ normal)
+        usual, mean = float(np.median(gaps)), float(gaps.mean())
+        if np.abs(gaps - mean).max() > EVEN * mean:
+            missing = int(np.round(gaps / usual - 1).clip(0).sum()) if usual > 0 else 0
+            why = f"{missing} slice{'s seem' if missing > 1 else ' seems'} to be missing" if missing else "are two stacks mixed?"
+            raise UnusableError(f"expected evenly spaced slices, got gaps from {gaps.min():.2f} to {gaps.max():.2f} mm; {why}")
         step = (positions[-1] - positions[0]) / (len(kept) - 1)
+        line = positions[0] + np.arange(len(kept))[:, None] * step
+        if np.linalg.norm(positions - line, axis=1).max() > 2 * EVEN * max(usual, 1.0):
+            raise UnusableError("expected slices along one line, got positions beside it; export the series again")
+        lean = np.degrees(np.arccos(np.clip(abs(step @ normal) / np.linalg.norm(step), 0, 1)))
+        if lean > 1:
+            warnings.append(f"slices are sheared by {lean:.0f} degrees (tilted gantry or oblique export); the geometry is kept")
     else:
-        step = normal * float(first.get("SliceThickness") or 1.0)
-        warnings.append(f"{name}: a single slice; its thickness is taken from the header")
-    planes = []
-    for instance in kept:
-        try:
-            pixels = instance.pixel_array.astype(np.float32)
-        except Exception as error:  # decoders raise many kinds on damaged or compressed pixels
-            raise ValueError(f"expected decodable pixels, got damaged or unsupported ones ({type(error).__name__})") from None
-        if pixels.shape != (int(first.Rows), int(first.Columns)):
-            raise ValueError(f"expected single-frame grey images, got pixels of shape {pixels.shape}")
-        slope, intercept = float(instance.get("RescaleSlope") or 1), float(instance.get("RescaleIntercept") or 0)
-        planes.append(pixels * slope + intercept)
-    voxels = np.stack(planes, -1).transpose(1, 0, 2)
-    if not np.isfinite(voxels).all() or float(voxels.max()) == float(voxels.min()):
-        raise ValueError("expected an image with contrast, got one value everywhere or values that are not finite")
+        thickness = number(first.header.get("SliceThickness")) or 1.0
+        step = normal * thickness
+        warnings.append("a single slice: its thickness is taken from the header")
+    rows, columns = first.size
+    check_shape((columns, rows, len(kept)))
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * columns_mm, column * rows_mm, step
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = first.row * first.spacing[1], first.column * first.spacing[0], step
     affine[:3, 3] = positions[0]
     affine[:2] *= -1  # DICOM's LPS+ to RAS+
-    parameters = {k: float(first.get(f)) for k, f in PARAMETERS.items() if _is_number(first.get(f))}
-    return Volume(
-        voxels=torch.from_numpy(np.ascontiguousarray(voxels))[None],
-        affine=torch.from_numpy(affine),
-        sequence=sequence_of(parameters, inversion="IR" in list(first.get("ScanningSequence") or []),
-                             contrast=bool(first.get("ContrastBolusAgent"))),
-        source=tuple(str(i.SOPInstanceUID) for i in kept),
-        parameters=parameters,
-        name=name,
+    scanning = codes(first.header.get("ScanningSequence"))
+    sequence = sequence_of(first.parameters, scanning=scanning, contrast=bool(first.header.get("ContrastBolusAgent")), kind=first.kind)
+    return Series(
+        (columns, rows, len(kept)), check_affine(affine), lambda: decode(kept), "DICOM", kind=first.kind, variant=variant,
+        sequence=sequence, parameters=first.parameters, warnings=warnings,
+        source=tuple(uid(f.header.get("SOPInstanceUID")) for f in kept),
     )
 
 
-def _is_number(value: Any) -> bool:
+def decode(frames: list[Frame]) -> np.ndarray:
+    """(columns, rows, slices) float32 in scanner units.
+
+    Raises:
+        UnusableError: pixels are damaged, or compressed in a way that no decoder here knows.
+    """
+    rows, columns = frames[0].size
+    voxels = np.empty((len(frames), rows, columns), np.float32)
+    last: tuple[Path | None, Any] = (None, None)
+    for k, f in enumerate(frames):
+        try:
+            if last[0] != f.path:
+                last = f.path, pixels_of(f)
+            pixels = last[1]
+            plane = pixels if pixels.ndim == 2 else pixels[f.number]
+            if f.tiles:
+                y, x = divmod(f.number, f.tiles)
+                plane = pixels[y * rows : (y + 1) * rows, x * columns : (x + 1) * columns]
+            if plane.shape != (rows, columns):
+                raise UnusableError(f"expected {rows} x {columns} pixels, got {' x '.join(map(str, plane.shape))}; export the series again")
+            np.multiply(plane, np.float32(f.slope), out=voxels[k], casting="unsafe")
+            if f.intercept:
+                voxels[k] += np.float32(f.intercept)
+        except UnusableError:
+            raise
+        except Exception as error:  # decoders raise many kinds on damaged pixels; none of their text may leave
+            raise UnusableError(f"expected decodable pixels, got damaged or unsupported ones ({type(error).__name__})") from None
+    return voxels.transpose(2, 1, 0)
+
+
+def pixels_of(f: Frame) -> np.ndarray:
+    """All stored values of an instance: (rows, columns) or (frames, rows, columns)."""
+    h = f.header
+    bits, frames = int(h.BitsAllocated), int(h.get("NumberOfFrames") or 1)
+    shape: tuple[int, ...] = (int(h.Rows), int(h.Columns))
+    shape = (frames, *shape) if frames > 1 else shape
+    check_shape(shape)
+    if f.offset and bits in (8, 16, 32):
+        with f.path.open("rb") as file:
+            file.seek(f.offset)
+            start = 8 if NATIVE[str(h.file_meta.TransferSyntaxUID)] else 12
+            if file.read(start)[:4] == b"\xe0\x7f\x10\x00":
+                kind = np.dtype(f"<{'i' if int(h.get('PixelRepresentation') or 0) else 'u'}{bits // 8}")
+                data = file.read(int(np.prod(shape)) * kind.itemsize)
+                return np.frombuffer(data, kind).reshape(shape)
+    import pydicom
+
+    whole = pydicom.dcmread(f.path, force=True)
     try:
-        return value is not None and 0 <= float(value) < 1e6
-    except (TypeError, ValueError):
-        return False
+        return whole.pixel_array
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError):
+        return _with_gdcm(f.path)
 
 
-def sequence_of(parameters: dict[str, float], *, inversion: bool = False, contrast: bool = False) -> str:
-    """Sequence by TR, TE and TI (rules after Westbrook, MRI in Practice); `unknown` where they do not decide."""
-    tr, te = parameters.get("repetition_time_ms"), parameters.get("echo_time_ms")
-    ti = parameters.get("inversion_time_ms", 0.0)
-    if tr is None or te is None:
-        return "unknown"
-    if te > 60 and tr > 3500 and (ti > 1400 or (inversion and ti == 0)):
-        return "FLAIR"
-    if te < 30 and (tr < 1200 or 400 < ti < 1400):
-        return "T1w-Gd" if contrast else "T1w"
-    if te > 60 and tr > 1800:
-        return "T2w"
-    if te <= 45 and tr > 1800 and ti == 0:
-        return "PDw"
-    return "unknown"
+def _with_gdcm(path: Path) -> np.ndarray:
+    """What pydicom's own decoders do not know (JPEG, JPEG-LS), through SimpleITK's GDCM, without its rescaling."""
+    import SimpleITK as sitk  # noqa: N813
+
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    image = reader.Execute()
+    pixels = sitk.GetArrayFromImage(image)
+    rescale = {"0028|1053": 1.0, "0028|1052": 0.0}
+    slope, intercept = (float(reader.GetMetaData(k)) if reader.HasMetaDataKey(k) else d for k, d in rescale.items())
+    pixels = (pixels - intercept) / slope
+    return pixels[0] if pixels.shape[0] == 1 else pixels

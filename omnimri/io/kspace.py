@@ -1,55 +1,134 @@
-"""Cartesian k-space in HDF5, as fastMRI lays it out: `kspace` (slices, coils, height, width), optional `mask`."""
+"""Cartesian k-space in HDF5: fastMRI's layout (`kspace`, optional `mask`) or ISMRMRD's (`dataset/data`, `dataset/xml`).
+
+Reading runs in the decoding child.
+"""
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from ..volume import KSpace, Study
-from . import MAX_VOXELS
+from .series import UnusableError, check_shape
+
+if TYPE_CHECKING:
+    from ..volume import KSpace
+
+UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError, MemoryError, OverflowError, SystemError)
+NOISE = 1 << 18
+"""ISMRMRD flag ACQ_IS_NOISE_MEASUREMENT (bit 19), and from there to 27 other readouts that are no image lines."""
+NO_IMAGE = sum(1 << (bit - 1) for bit in (19, 20, 23, 24, 25, 26, 27, 28, 29))
 
 
-def read_kspace(path: Path) -> Study:
-    """Read k-space; where no mask is given, lines that hold a sample count as sampled.
+def read_kspace(path: Path) -> dict[str, Any]:
+    """`data` (S, coils, H, W) complex64, `mask`, `affine` and `warnings` of a file.
 
     Raises:
-        ValueError: no such array, wrong shape, too large, or damaged.
+        UnusableError: no such array, an array outside the file, wrong shape, too large, or damaged.
     """
     import h5py
-    import numpy as np
 
     try:
-        with h5py.File(path, "r") as f:
-            if "kspace" not in f or not isinstance(f.get("kspace", getlink=True), h5py.HardLink):
-                raise ValueError("expected an array named 'kspace' in the file, found none; store it as fastMRI does")
-            data = f["kspace"]
-            shape = tuple(int(n) for n in data.shape)
-            if len(shape) not in (3, 4) or data.dtype.kind != "c":
-                raise ValueError(f"expected complex k-space (slices, [coils,] height, width), got {data.dtype} {shape}")
-            if math.prod(shape) > MAX_VOXELS:
-                raise ValueError(f"expected at most {MAX_VOXELS} samples, got {math.prod(shape)}")
-            kspace = torch.from_numpy(np.asarray(data, dtype=np.complex64))
-            mask = torch.from_numpy(np.asarray(f["mask"]).astype(bool)) if "mask" in f else None
-            affine = np.asarray(f["affine"], dtype=np.float64) if "affine" in f else None
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected an HDF5 file, got one that cannot be read ({type(error).__name__})") from None
-    if kspace.ndim == 3:
-        kspace = kspace[:, None]
-    if not bool(torch.isfinite(torch.view_as_real(kspace)).all()) or float(kspace.abs().max()) == 0:
-        raise ValueError("expected finite k-space with signal, got NaN, infinity or zeros only")
+        with h5py.File(path, "r", locking=False) as f:
+            if "kspace" in f:
+                data, mask, affine = _fastmri(f)
+            elif "dataset" in f and "data" in _inside(f, "dataset"):
+                data, mask, affine = _ismrmrd(_inside(f, "dataset"))
+            else:
+                raise UnusableError("expected an array named 'kspace' (fastMRI) or 'dataset/data' (ISMRMRD) in the file, found neither")
+    except UnusableError:
+        raise
+    except UNREADABLE as error:
+        raise UnusableError(f"expected an HDF5 file of k-space, got one that cannot be read ({type(error).__name__})") from None
+    if not np.isfinite(data.view(np.float32)).all() or not data.any():
+        raise UnusableError("expected finite k-space with signal, got NaN, infinity or zeros only")
     warnings = []
     if mask is None:
-        mask = (kspace.abs() > 0).any(0).any(0)
-        mask = mask.any(0, keepdim=True) if bool((mask == mask.any(0, keepdim=True)).all()) else mask
+        mask = (data != 0).any((0, 1))
+        lines = mask.any(0, keepdims=True)
+        mask = lines if (mask == lines).all() else mask
     mask = mask.reshape(1, -1) if mask.ndim == 1 else mask
-    if mask.shape[-1] != kspace.shape[-1] or mask.shape[0] not in (1, kspace.shape[-2]):
-        raise ValueError(f"expected a mask of {kspace.shape[-1]} columns, got {tuple(mask.shape)}")
-    if affine is None or affine.shape != (4, 4):
-        affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    if mask.shape[-1] != data.shape[-1] or mask.shape[0] not in (1, data.shape[-2]):
+        raise UnusableError(f"expected a mask of {data.shape[-1]} columns, got {tuple(mask.shape)}")
+    if affine is None or affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        affine = np.eye(4)
         warnings.append("the file gives no geometry: 1 mm voxels are assumed and sides are unknown")
-    return Study(kspace=KSpace(kspace, mask, torch.from_numpy(affine)), warnings=tuple(warnings))
+    return {"data": data, "mask": mask, "affine": affine, "warnings": warnings}
+
+
+def _inside(group: Any, name: str) -> Any:
+    """A member that lies in this very file.
+
+    Raises:
+        UnusableError: it is a link, or its values are stored elsewhere.
+    """
+    import h5py
+
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise UnusableError("expected data inside the file, got a link to elsewhere; store it in one file")
+    found = group[name]
+    if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+        raise UnusableError("expected data inside the file, got values stored elsewhere; store it in one file")
+    return found
+
+
+def _fastmri(f: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    data = _inside(f, "kspace")
+    shape = tuple(int(n) for n in data.shape)
+    if len(shape) not in (3, 4) or data.dtype.kind != "c":
+        raise UnusableError(f"expected complex k-space (slices, [coils,] height, width), got {len(shape)} axes of kind {data.dtype.kind}")
+    check_shape(shape, what="samples")
+    values = np.asarray(data, dtype=np.complex64)
+    small = {k: _inside(f, k) for k in ("mask", "affine") if k in f}
+    for extra in small.values():
+        check_shape(extra.shape, what="samples")
+    mask = np.asarray(small["mask"]).astype(bool) if "mask" in small else None
+    affine = np.asarray(small["affine"], dtype=np.float64) if "affine" in small else None
+    return values[:, None] if values.ndim == 3 else values, mask, affine
+
+
+def _ismrmrd(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Readouts sorted into (slices, coils, readout, phase encoding); averages are summed, the first of other counters is kept."""
+    text = bytes(np.asarray(_inside(group, "xml")).ravel()[0])[: 2**20].decode("utf-8", "ignore")
+    kind = re.search(r"<trajectory>\s*(\w+)\s*</trajectory>", text)
+    if kind and kind[1].lower() != "cartesian":
+        raise UnusableError("expected Cartesian k-space, got another trajectory; grid it first, for instance with BART's nufft")
+    sizes = re.search(r"<encodedSpace>\s*<matrixSize>\s*<x>(\d+)</x>\s*<y>(\d+)</y>\s*<z>(\d+)</z>", text)
+    if not sizes:
+        raise UnusableError("expected the encoded matrix size in the ISMRMRD header, found none")
+    x, y, z = (int(v) for v in sizes.groups())
+    if z > 1:
+        raise UnusableError("expected 2-D encoding, got 3-D; transform the partition axis first")
+    rows = _inside(group, "data")
+    if rows.ndim != 1 or rows.shape[0] > 2_000_000:
+        raise UnusableError("expected a list of readouts, got another array")
+    heads = rows["head"]
+    keep = np.nonzero((heads["flags"].astype(np.uint64) & np.uint64(NO_IMAGE)) == 0)[0]
+    if not len(keep):
+        raise UnusableError("expected readouts of an image, got noise or calibration only")
+    index = heads["idx"]
+    slices, coils = int(index["slice"][keep].max()) + 1, int(heads["active_channels"][keep].max())
+    check_shape((slices, coils, x, y), what="samples")
+    out, mask = np.zeros((slices, coils, x, y), np.complex64), np.zeros((1, y), bool)
+    for k in keep.tolist():
+        at = index[k]
+        if any(int(at[c]) for c in ("contrast", "phase", "repetition", "set")) or int(at["kspace_encode_step_1"]) >= y:
+            continue
+        samples, channels = int(heads["number_of_samples"][k]), int(heads["active_channels"][k])
+        if samples > x or channels != coils:
+            continue
+        line = np.asarray(rows[k]["data"], dtype=np.float32).view(np.complex64)
+        if line.size != samples * channels:
+            raise UnusableError("expected as many samples as a readout's header says, got others; the file is damaged")
+        first = x // 2 - int(heads["center_sample"][k])
+        if not 0 <= first <= x - samples:
+            continue
+        step = int(at["kspace_encode_step_1"])
+        out[int(at["slice"]), :, first : first + samples, step] += line.reshape(channels, samples)
+        mask[0, step] = True
+    return out, mask, None
 
 
 def write_kspace(path: Path, kspace: KSpace) -> None:

@@ -1,89 +1,129 @@
-"""NIfTI in and out."""
+"""What nibabel decodes: NIfTI-1/2, Analyze, FreeSurfer MGH/MGZ, MINC, PAR/REC. And NIfTI out."""
 
 from __future__ import annotations
 
-import math
+import gzip
 import os
 import tempfile
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..volume import Study, Volume
-from . import MAX_VOXELS
+from .series import Series, UnusableError, check_affine, check_shape
 
-UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError, KeyError)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 16 * 2**20
+"""Voxels that begin later than this in a NIfTI file follow no header."""
+MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+"""By the spatial code of a NIfTI header's `xyzt_units`; 0 is unknown."""
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError, KeyError, TypeError, AttributeError,
+              IndexError, AssertionError, ZeroDivisionError, RecursionError, RuntimeError, SyntaxError)
+"""What decoders raise on damaged bytes."""
 
 
-def read_nifti(path: Path) -> Study:
-    """Read one 3-D NIfTI image; voxels stay in the file's order.
+def read_with_nibabel(path: Path, file_format: str) -> list[Series]:
+    """The image of a file, or each volume of a 4-D one.
+
+    Args:
+        path: Its suffix must be the usual one of `file_format`.
+        file_format: `NIfTI`, `Analyze`, `MGH`, `MINC` or `PAR/REC`.
 
     Raises:
-        ValueError: unreadable, not 3-D, too large, or without finite values or a usable affine.
+        UnusableError: header unreadable, not 3-D or 4-D, too large, or without a usable affine.
     """
     import nibabel
-    import numpy as np
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.parrec import PARRECError
+    from nibabel.spatialimages import HeaderDataError
 
+    if file_format in ("NIfTI", "Analyze"):
+        _check_start(path)
     try:
-        image = nibabel.load(path)
+        # Old scaling of PAR/REC files and the like warn with header text: warnings go nowhere in the child.
+        image: Any = nibabel.load(path)
         shape = tuple(int(n) for n in image.shape)
-        kind = image.get_data_dtype()
-        affine = np.asarray(image.affine, dtype=np.float64)
-        header = image.header
-        coded = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
-    except (*UNREADABLE, ImageFileError) as error:
-        raise ValueError(
-            f"expected a NIfTI image, got a file whose header cannot be read ({type(error).__name__}); export it again"
-        ) from None
+        dtype = np.dtype(image.get_data_dtype())
+        affine = np.array(image.affine, dtype=np.float64)
+        oriented = _oriented(image, file_format)
+        if file_format == "NIfTI":
+            affine[:3] *= MILLIMETRES[int(image.header["xyzt_units"]) & 3]
+    except (*UNREADABLE, ImageFileError, HeaderDataError, PARRECError) as error:
+        raise UnusableError(f"expected a {file_format} image, got a file whose header cannot be read "
+                       f"({type(error).__name__}); export it again") from None
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"expected a 3-D image, got {len(shape)}-D of shape {shape}; extract one volume of the series")
-    if math.prod(shape) > MAX_VOXELS:
-        raise ValueError(f"expected at most {MAX_VOXELS} voxels, got {math.prod(shape)}; crop or downsample the image")
-    if kind.kind not in "iuf":
-        raise ValueError(f"expected real intensities, got voxels of type {kind}; export a magnitude image")
+    if len(shape) == 4 and file_format == "MINC":
+        raise UnusableError("expected a 3-D MINC image, got one with a time axis; convert one volume, for instance to NIfTI")
+    if len(shape) not in (3, 4):
+        raise UnusableError(f"expected a 3-D or 4-D image, got {len(shape)}-D of shape {shape}; extract one volume of the series")
+    check_shape(shape[:3])
+    check_shape(shape[3:], what="volumes")
+    if dtype.kind not in "iufb":
+        raise UnusableError(f"expected real intensities, got voxels of type {dtype.kind}{8 * dtype.itemsize}; export a magnitude image")
+    affine = check_affine(affine)
+    volumes = shape[3] if len(shape) == 4 else 1
+    found = []
+    for k in range(volumes):
+        found.append(Series(shape[:3], affine, _decoder(image, shape, k), file_format, oriented=oriented,
+                            variant=f"volume {k + 1} of {volumes}" if volumes > 1 else ""))
+        if not oriented:
+            found[-1].warnings.append("the header gives no orientation: sides are unknown")
+    return found
+
+
+def _check_start(path: Path) -> None:
+    """Refuse a header that lies about its size before nibabel allocates by it."""
+    opened: Any = gzip.open if path.name.endswith(".gz") else open
     try:
-        voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+        with opened(path, "rb") as f:
+            start = f.read(540)
     except UNREADABLE as error:
-        raise ValueError(
-            f"expected {math.prod(shape)} voxels, got a truncated or damaged file ({type(error).__name__}); copy it again"
-        ) from None
-    return study_of(voxels, affine, oriented=coded)
+        raise UnusableError(f"expected a NIfTI image, got a damaged file ({type(error).__name__}); copy it again") from None
+    if len(start) < 348:
+        raise UnusableError("expected a NIfTI image, got a truncated header; copy it again")
+    order = "<" if start[:4] in (b"\x5c\x01\0\0", b"\x1c\x02\0\0") else ">"
+    if int(np.frombuffer(start[:4], f"{order}i4")[0]) == 540:
+        offset = float(np.frombuffer(start[168:176].ljust(8, b"\0"), f"{order}i8")[0])
+    else:
+        offset = float(np.frombuffer(start[108:112], f"{order}f4")[0])
+    if not 0 <= offset <= MAX_HEADER_BYTES:
+        raise UnusableError("expected voxels right after the header, got an offset out of reach; export the image again")
 
 
-def study_of(voxels, affine, *, oriented: bool) -> Study:
-    """A one-volume study from an array and an affine, checked.
+def _oriented(image: Any, file_format: str) -> bool:
+    if file_format == "NIfTI":
+        return int(image.header["sform_code"]) > 0 or int(image.header["qform_code"]) > 0
+    if file_format == "MGH":
+        return int(image.header["goodRASFlag"]) == 1
+    return file_format != "Analyze"
 
-    Raises:
-        ValueError: no finite value, no contrast, or a degenerate affine.
-    """
-    import numpy as np
 
-    warnings = []
-    bad = ~np.isfinite(voxels)
-    if bad.any():
-        if bad.all():
-            raise ValueError("expected finite intensities, got NaN everywhere; export the series again")
-        share = 100 * bad.mean()
-        warnings.append(f"{share:.1f} % of the voxels are not finite and are read as the darkest value")
-        voxels = np.where(bad, voxels[~bad].min(), voxels)
-    if float(voxels.max()) == float(voxels.min()):
-        raise ValueError("expected an image with contrast, got one value everywhere; export the series again")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise ValueError("expected an invertible affine, got a degenerate one; repair the header's sform or qform")
-    if not oriented:
-        warnings.append("the header gives no orientation: sides are unknown")
-    volume = Volume(
-        voxels=torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32))[None],
-        affine=torch.from_numpy(affine.copy()),
-        name="series 1",
-        oriented=oriented,
-    )
-    return Study(volumes=(volume,), warnings=tuple(warnings))
+def _decoder(image: Any, shape: tuple[int, ...], volume: int) -> Any:
+    """A function that decodes one volume of an image."""
+
+    def decode() -> np.ndarray:
+        proxy = image.dataobj
+        try:
+            if len(shape) == 3:
+                # Scaling in float32 halves the time of large integer files.
+                plain = hasattr(proxy, "get_unscaled") and np.ndim(proxy.slope) == 0 and np.ndim(proxy.inter) == 0
+                if not plain:
+                    return np.asarray(proxy, dtype=np.float32).reshape(shape)
+                voxels = proxy.get_unscaled().astype(np.float32).reshape(shape)
+                if (proxy.slope, proxy.inter) != (1, 0):
+                    voxels *= np.float32(proxy.slope)
+                    voxels += np.float32(proxy.inter)
+                return voxels
+            return np.asarray(proxy[..., volume], dtype=np.float32).reshape(shape[:3])
+        except UNREADABLE as error:
+            raise UnusableError(f"expected {int(np.prod(shape[:3]))} voxels, got a truncated or damaged file "
+                           f"({type(error).__name__}); copy it again") from None
+
+    return decode
 
 
 def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor) -> None:
@@ -93,7 +133,6 @@ def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor) -> None:
         ValueError: the name does not end in .nii or .nii.gz, or the folder cannot be written.
     """
     import nibabel
-    import numpy as np
 
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"

@@ -1,0 +1,109 @@
+"""The decoding child, seen from its parent: files are decoded in a spawned process with limits, and arrays come back mapped.
+
+A child reads one path and ends. It has no torch, no network of its own to ask, and a folder of its own that is removed
+whatever happens. One may be started ahead (`warm`), so that its imports are paid before it is needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+TIME_S = 180.0
+"""Longest a child may take."""
+MAX_ANSWER_BYTES = 64 * 2**20
+UNTOLD = "expected a file that can be decoded safely, got one on which the decoder {}; export it again, or choose one series"
+
+
+class Child:
+    """A decoding process that waits for its one request."""
+
+    def __init__(self) -> None:
+        self.room = Path(tempfile.mkdtemp(prefix="omnimri-in-"))
+        package = str(Path(__file__).parents[2])
+        kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
+        environment = {**kept, **one_thread, "PYTHONPATH": package, "TMPDIR": str(self.room), "PYTHONDONTWRITEBYTECODE": "1"}
+        # -P: nothing from the folder it runs in. Its messages may hold header text: they go nowhere.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "omnimri.io.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, cwd=self.room, env=environment, close_fds=True, start_new_session=True,
+        )
+
+    def ask(self, request: dict[str, Any], time_s: float) -> dict[str, Any]:
+        """The answer to the one request.
+
+        Raises:
+            ValueError: the child refused, died, or took too long.
+        """
+        timer = threading.Timer(time_s, self.process.kill)
+        timer.start()
+        try:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
+            try:
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.close()
+            except OSError:
+                pass
+            data = self.process.stdout.read(MAX_ANSWER_BYTES + 1)
+            late = not timer.is_alive()
+        finally:
+            timer.cancel()
+            self.process.kill()
+            self.process.wait()
+        try:
+            answer = json.loads(data) if len(data) <= MAX_ANSWER_BYTES else None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ValueError(UNTOLD.format(f"took longer than {time_s:g} s" if late else "broke or ran out of its memory"))
+        if "error" in answer:
+            raise ValueError(str(answer["error"]))
+        return answer
+
+    def close(self) -> None:
+        """End the process and remove its folder."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        shutil.rmtree(self.room, ignore_errors=True)
+
+
+_lock = threading.Lock()
+_idle: list[Child] = []
+
+
+def warm() -> None:
+    """Start a child ahead, unless one waits already."""
+    with _lock:
+        if not _idle:
+            _idle.append(Child())
+
+
+def take() -> Child:
+    """A child that waits for a request; a new one where none is warm."""
+    with _lock:
+        child = _idle.pop() if _idle else None
+    if child is not None and child.process.poll() is None:
+        return child
+    if child is not None:
+        child.close()
+    return Child()
+
+
+@atexit.register
+def _close_idle() -> None:
+    while _idle:
+        _idle.pop().close()
