@@ -25,6 +25,7 @@ from omnimri.assistant import Assistant
 
 from .session import REQUESTS, Session
 
+FILE_TYPES = [".nii", ".gz", ".mgh", ".mgz", ".nrrd", ".mha", ".mnc", ".h5", ".hdf5", ".dcm", ".ima", ".zip", ".png", ".jpg", ".jpeg"]
 MAX_SESSIONS = 8
 IDLE_SECONDS = 3600
 HEAD = f"""# OmniMRI
@@ -158,8 +159,7 @@ def build(assistant: Assistant) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=5):
                 with gr.Row():
-                    upload = gr.File(label="MRI: NIfTI, DICOM zip, or k-space .h5", file_types=[".nii", ".gz", ".zip", ".dcm", ".h5"],
-                                     height=110)
+                    upload = gr.File(label="MRI: NIfTI, DICOM zip, NRRD, MGH, k-space .h5 ...", file_types=FILE_TYPES, height=110)
                     with gr.Column(min_width=120):
                         example = gr.Button("Load the example scan")
                         clear = gr.Button("Forget this study")

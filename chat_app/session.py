@@ -19,7 +19,7 @@ from omnimri.assistant import Assistant
 from omnimri.cli import markdown, write_answer
 from omnimri.conversation import Message
 from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground
-from omnimri.io import open_study
+from omnimri.io import open_study, warm
 from omnimri.volume import Study, Volume
 
 VIEW_PIXELS = 512
@@ -69,6 +69,7 @@ class Session:
             ValueError: it cannot be used.
         """
         study = open_study(path)
+        warm()
         self.reset()
         self.study = study
         if study.volumes:

@@ -289,7 +289,7 @@ class Assistant:
         told = lesions or (seen.lesions if LESION in wanted or task in ("detect", "report") else ())
         if len(study.volumes) > 1:
             notes = (f"answered on {volume.name} ({seen.sequence}) of {len(study.volumes)} series; name another to ask about it", *notes)
-        warnings = (*study.warnings, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
+        warnings = (*study.warnings, *seen.notes, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
         if not volume.oriented:
             warnings = (*warnings, "sides are unknown: the file gives no orientation")
         return Answer(

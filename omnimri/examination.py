@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCES
+from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCE_WORDS, SEQUENCES
 from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render
 from .example import LESION_CLASS, Example, Record, prepare, sequence_exchange
 from .grid import Grid, plane_of
@@ -83,6 +83,8 @@ class Examination:
     lesions: tuple[Lesion, ...]
     scope_score: float
     """Distance from the training distribution relative to its limit; above 1 is out of scope."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the image was read."""
 
     @property
     def in_scope(self) -> bool:
@@ -159,13 +161,13 @@ def examine(
     classes, seen_ranks = _on_lattice(grid, labels, ranks)
     evidence = _evidence(model, example, fine, classes, seen_ranks, len(lesions))
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
+    notes: tuple[str, ...] = ()
     source, sequence = "header", volume.sequence
+    looks_like = named_sequence(model, tokenizer, grid.plane, signal)
     if sequence == "unknown":
-        source = "image"
-        sequence, share = infer_sequence(model, tokenizer, grid.plane, signal)
-        # Chosen at release; a checkpoint without it must not name any.
-        if share < getattr(model.config, "sequence_threshold", 2.0):
-            sequence = "other"
+        source, sequence = "image", looks_like
+    elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd"):
+        notes = (f"the header says {SEQUENCE_WORDS[sequence]}, the image looks {SEQUENCE_WORDS[looks_like]}: the header is believed",)
     record = Record(
         images=example.images,
         positions_mm=grid.positions_mm,
@@ -189,6 +191,7 @@ def examine(
         lesion_ranks=ranks,
         lesions=lesions,
         scope_score=score,
+        notes=notes,
     )
 
 
@@ -246,6 +249,12 @@ def _look(
     chosen = example.chosen
     shown = model.encode(example.images[None, chosen], example.positions_mm[None, chosen], example.plane[None])
     return example, model.look(shown, torch.arange(len(chosen))[None]), shown
+
+
+def named_sequence(model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, signal: tuple[str, ...]) -> str:
+    """The sequence that may be named from the image, or `other`: by the threshold that was chosen at release, never without one."""
+    sequence, share = infer_sequence(model, tokenizer, plane, signal) if signal else ("other", 1.0)
+    return sequence if share >= getattr(model.config, "sequence_threshold", 2.0) else "other"
 
 
 def infer_sequence(

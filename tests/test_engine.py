@@ -82,14 +82,14 @@ def test_8_bit_optimizer_resumes_bit_identically(config, tokenizer, tmp_path):
     assert sizes["whole"] < 0.5 * sizes["plain"]
 
 
-def test_deepspeed_shards_resumes_and_agrees_with_ddp(tmp_path):
+def test_deepspeed_shards_resumes_and_agrees_with_ddp(checkpoint, tmp_path):
     """Two processes: ZeRO-2 resumes bit-identically, each process keeps half of the state, and the weights are those of DDP."""
 
     def train(out, *settings, stage="vision"):
-        shared = ("image_size=64", "num_slices=2", "vocab_size=600", "batch_size=2", "steps=3", "save_every=2", "keep=3", "warmup=1",
+        shared = ("num_slices=2", "batch_size=2", "steps=3", "save_every=2", "keep=3", "warmup=1",
                   "precision=no", "validate_every=100", "validate_batches=1")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "stages", stage, "--out",
-                   str(out), *(x for s in (*shared, *settings) for x in ("--set", s))]
+                   str(out), "--init", str(checkpoint), *(x for s in (*shared, *settings) for x in ("--set", s))]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout, out / "checkpoints" / "step-000003"
@@ -130,8 +130,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, config, tokenizer, tmp
     assert newest_good(tmp_path).name == "step-000004"
 
 
-def test_a_kill_loses_at_most_save_every_steps(tmp_path):
-    command = [sys.executable, "-m", "stages", "vision", "--out", str(tmp_path / "run"), "--set", "image_size=64", "--set", "batch_size=1",
+def test_a_kill_loses_at_most_save_every_steps(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "stages", "vision", "--out", str(tmp_path / "run"), "--init", str(checkpoint), "--set", "batch_size=1",
                "--set", "num_slices=2", "--set", "save_every=4", "--set", "steps=4000", "--set", "validate_every=100000"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ)

@@ -23,6 +23,8 @@ KEYS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceU
 """What tells series apart; none of it leaves."""
 MAX_INFLATED = 2**30
 MAX_FRAMES = 100_000
+MAX_PIXELS_PER_BYTE = 4096
+"""No compression of an image with contrast does better: more is a lie about its size."""
 EVEN = 0.1
 """Share of the slice distance by which gaps may differ."""
 
@@ -321,12 +323,13 @@ def decode(frames: list[Frame]) -> np.ndarray:
         UnusableError: pixels are damaged, or compressed in a way that no decoder here knows.
     """
     rows, columns = frames[0].size
-    voxels = np.empty((len(frames), rows, columns), np.float32)
     last: tuple[Path | None, Any] = (None, None)
     for k, f in enumerate(frames):
         try:
             if last[0] != f.path:
                 last = f.path, pixels_of(f)
+            if k == 0:
+                voxels = np.empty((len(frames), rows, columns), np.float32)
             pixels = last[1]
             plane = pixels if pixels.ndim == 2 else pixels[f.number]
             if f.tiles:
@@ -351,6 +354,8 @@ def pixels_of(f: Frame) -> np.ndarray:
     shape: tuple[int, ...] = (int(h.Rows), int(h.Columns))
     shape = (frames, *shape) if frames > 1 else shape
     check_shape(shape)
+    if np.prod(shape) > MAX_PIXELS_PER_BYTE * f.path.stat().st_size:
+        raise UnusableError("expected as many pixels as the header says, got far too few bytes for them; copy the file again")
     if f.offset and bits in (8, 16, 32):
         with f.path.open("rb") as file:
             file.seek(f.offset)

@@ -1,0 +1,105 @@
+"""Coverage-guided fuzzing of a reader: python -m tests.fuzz nifti|mgh|nrrd|dicom|kspace|zip|par --seconds 1800 [--corpus DIR].
+
+Needs atheris (`pip install atheris`). Runs the decoding child's own code in this process; what it raises must be its one
+kind of sentence, whatever the bytes. Files that once failed are kept in tests/corpus and read by tests/test_intake.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+SUFFIX = {"nifti": ".nii.gz", "mgh": ".mgz", "nrrd": ".nrrd", "dicom": ".dcm", "kspace": ".h5", "zip": ".zip", "par": ".PAR"}
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def seeds(kind: str, folder: Path) -> None:
+    """Small valid files to begin with."""
+    import h5py
+    import nibabel
+    import numpy as np
+    import pydicom
+
+    array = np.random.default_rng(0).random((6, 5, 4)).astype(np.float32)
+    if kind in ("nifti", "mgh"):
+        made = nibabel.Nifti1Image(array, np.eye(4)) if kind == "nifti" else nibabel.MGHImage(array, np.eye(4))
+        nibabel.save(made, folder / f"seed{SUFFIX[kind]}")
+        # The fuzzer changes what is inside the gzip container, which would refuse anything else.
+        (folder / "plain").write_bytes(gzip.decompress((folder / f"seed{SUFFIX[kind]}").read_bytes()))
+    elif kind == "nrrd":
+        head = "NRRD0004\ntype: float\ndimension: 3\nsizes: 6 5 4\nencoding: raw\nendian: little\nspace: left-posterior-superior\n" \
+               "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n\n"
+        (folder / "seed").write_bytes(head.encode() + array.T.tobytes())
+    elif kind == "dicom":
+        here = Path(pydicom.__file__).parent / "data" / "test_files"
+        for name in ("MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "test-SR.dcm"):
+            shutil.copy(here / name, folder / name)
+    elif kind == "kspace":
+        with h5py.File(folder / "seed", "w") as f:
+            f["kspace"] = array[None].astype(np.complex64)
+    elif kind == "zip":
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as z:
+            z.write(Path(pydicom.__file__).parent / "data" / "test_files" / "MR_small.dcm", "a.dcm")
+        (folder / "seed").write_bytes(data.getvalue())
+    else:
+        here = Path(nibabel.__file__).parent / "tests" / "data"
+        shutil.copy(here / "phantom_EPI_asc_CLEAR_2_1.PAR", folder / "seed")
+
+
+def main() -> None:
+    """Fuzz one reader until the time is up or something fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=list(SUFFIX))
+    parser.add_argument("--seconds", type=int, default=1800)
+    parser.add_argument("--corpus", type=Path, help="where inputs that reach new code are kept from run to run")
+    args = parser.parse_args()
+    import atheris
+
+    with atheris.instrument_imports(include=["omnimri", "nibabel", "pydicom"]):
+        import nibabel.parrec
+        import pydicom  # noqa: F401
+
+        from omnimri.io import child, intake  # noqa: F401
+        from omnimri.io.series import UnusableError
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    room = Path(tempfile.mkdtemp())
+    corpus = args.corpus or room / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    seeds(args.kind, corpus)
+    place = room / "work"
+
+    def one(data: bytes) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        os.chdir(place)
+        packed = SUFFIX[args.kind] in (".nii.gz", ".mgz") and data[:2] != b"\x1f\x8b"
+        path = place / f"in{SUFFIX[args.kind]}"
+        path.write_bytes(gzip.compress(data, 1) if packed else data)
+        if args.kind == "par":
+            path.with_suffix(".REC").write_bytes(b"\1\2" * 65536)
+        try:
+            child.answer({"path": str(path), "series": None})
+        except UnusableError as error:
+            assert str(error).startswith("expected"), error
+        except MemoryError:
+            pass
+
+    child.limit()
+    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={args.seconds}", "-timeout=20", "-rss_limit_mb=6000", "-max_len=65536",
+                   f"-artifact_prefix={CORPUS}/{args.kind}-"], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
