@@ -1,4 +1,4 @@
-"""python -m eval tissue | segment | detect | picture: the project's figures on real scans."""
+"""python -m eval tissue | segment | detect | picture: the project's figures on real scans; reading: seconds against other readers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 def main(argv: list[str] | None = None) -> int:
     """Run one suite."""
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    parser.add_argument("suite", choices=("tissue", "segment", "detect", "picture"))
+    parser.add_argument("suite", choices=("tissue", "segment", "detect", "picture", "reading"))
     parser.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
     parser.add_argument("--scan", type=Path, help="segment: a scan")
     parser.add_argument("--truth", type=Path, help="segment: its FreeSurfer labels (aseg or aparc+aseg)")
@@ -27,6 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     from .suite import detect, load_any, picture, segment, tissue_mni, to_structures, write_results
 
     try:
+        if args.suite == "reading":
+            from .reading import benchmark
+
+            write_results({"suite": "reading", **benchmark()}, args.out)
+            return 0
         assistant = Assistant(args.checkpoint)
         results: dict[str, Any] = {"suite": args.suite, "checkpoint_sha256": assistant.digest}
         if args.suite == "picture":

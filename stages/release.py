@@ -32,6 +32,8 @@ SCOPE_MARGIN = 2.0
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which the lesion threshold may show a lesion."""
 
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+"""Lesion probabilities that are tried."""
 LEAST_PRECISION = 0.9
 """Smallest share of held-out studies with a named sequence in which the name is right."""
 NEVER = 2.0
@@ -102,7 +104,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
     tried: dict[float, tuple[float, float]] = {}
-    for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+    for threshold in THRESHOLDS:
         normal = alarms = diseased = found = 0
         for record, look in zip(records, looks, strict=True):
             said = rank_components(look.lesion > threshold, least=6)[0]
@@ -114,7 +116,8 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
                 diseased, found = diseased + 1, found + int(bool((said & truth[:, ::2, ::2]).any()))
         tried[threshold] = (alarms / max(normal, 1), found / max(diseased, 1))
     good = [t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE]
-    model.config.lesion_threshold = min(good) if good else max(tried)
+    model.config.lesion_threshold = min(good) if good else NEVER
+    tried[NEVER] = (0.0, 0.0)
     model.config.least_lesion_ml = 0.1
     model.config.sequence_threshold, sequence = sequence_threshold(model, tokenizer, records, looks)
     model.config.lesion_sensitivity = tried[model.config.lesion_threshold][1]

@@ -1,0 +1,103 @@
+"""Seconds to read a scan, side by side with other readers in one run: medians, and their ratio to the peer."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omnimri.example import normalise
+from omnimri.grid import Grid
+from omnimri.io import open_study, warm
+
+SIDE = 256
+
+
+def head_like() -> np.ndarray:
+    """(256, 256, 256) int16: smooth structure with noise, so that it compresses as a scan does."""
+    rng = np.random.default_rng(0)
+    line = np.linspace(-1, 1, SIDE, dtype=np.float32)
+    r = np.sqrt(line[:, None, None] ** 2 + line[None, :, None] ** 2 * 0.8 + line[None, None] ** 2)
+    inside = r < 0.8
+    values = 400 + 300 * np.sin(9 * r) + 40 * rng.standard_normal((SIDE, SIDE, SIDE), dtype=np.float32)
+    return np.where(inside, values, 0).astype(np.int16)
+
+
+def write_series(voxels: np.ndarray, folder: Path) -> None:
+    """One classic MR instance a slice."""
+    import pydicom
+
+    d = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm"))
+    d.Rows = d.Columns = SIDE
+    d.PixelSpacing, d.ImageOrientationPatient = [1.0, 1.0], [1, 0, 0, 0, 1, 0]
+    folder.mkdir()
+    for k in range(SIDE):
+        d.ImagePositionPatient, d.InstanceNumber = [0.0, 0.0, float(k)], k + 1
+        d.SOPInstanceUID = d.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        d.PixelData = np.ascontiguousarray(voxels[:, :, k].T).tobytes()
+        d.save_as(folder / f"{k:04d}.dcm")
+
+
+def seconds(read: Callable[[], Any], before: Callable[[], Any] | None = None, repeats: int = 5) -> float:
+    """Median of some runs after one that is not counted."""
+    found = []
+    for _ in range(repeats + 1):
+        if before is not None:
+            before()
+        tick = time.perf_counter()
+        read()
+        found.append(time.perf_counter() - tick)
+    return statistics.median(found[1:])
+
+
+def benchmark() -> dict[str, dict[str, float]]:
+    """Seconds of every reader for both files.
+
+    Raises:
+        ValueError: a peer is not installed.
+    """
+    import nibabel
+
+    try:
+        import SimpleITK as sitk  # noqa: N813
+        import torchio
+    except ImportError as error:
+        raise ValueError(f"expected the peers to measure against, {error.name} is not installed; pip install torchio") from None
+
+    def ready() -> None:
+        warm()
+        time.sleep(1.5)  # a warm child has paid for its imports
+
+    def ours(path: Path) -> None:
+        volume = open_study(path).primary
+        grid = Grid.fit(volume, size=192)
+        normalise(grid.to_grid(volume.voxels[0]))
+
+    def peer(path: Path) -> None:
+        image = torchio.Compose([torchio.ToCanonical(), torchio.RescaleIntensity(percentiles=(1, 99))])(torchio.ScalarImage(path))
+        image.data.sum()
+
+    def itk(folder: Path) -> None:
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+        sitk.GetArrayFromImage(reader.Execute())
+
+    with tempfile.TemporaryDirectory() as home:
+        voxels = head_like()
+        nifti, series = Path(home) / "a.nii.gz", Path(home) / "series"
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])), nifti)
+        write_series(voxels, series)
+        return {
+            f".nii.gz {SIDE}^3, read, RAS, normalised": {
+                "OmniMRI, warm child": seconds(lambda: ours(nifti), ready), "OmniMRI, cold child": seconds(lambda: ours(nifti)),
+                "TorchIO": seconds(lambda: peer(nifti))},
+            f"DICOM series of {SIDE} files, read": {
+                "OmniMRI, warm child": seconds(lambda: open_study(series), ready),
+                "OmniMRI, cold child": seconds(lambda: open_study(series)),
+                "SimpleITK": seconds(lambda: itk(series))},
+        }
