@@ -252,9 +252,10 @@ def _look(
 
 
 def named_sequence(model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, signal: tuple[str, ...]) -> str:
-    """The sequence that may be named from the image, or `other`: by the threshold that was chosen at release, never without one."""
-    sequence, share = infer_sequence(model, tokenizer, plane, signal) if signal else ("other", 1.0)
-    return sequence if share >= getattr(model.config, "sequence_threshold", 2.0) else "other"
+    """The sequence that may be named from the image, or `other`: by its threshold of the release, never without one."""
+    sequence, share = infer_sequence(model, tokenizer, plane, signal) if signal else ("other", 0.0)
+    threshold = getattr(model.config, "sequence_thresholds", {}).get(sequence)
+    return sequence if threshold is not None and share >= threshold else "other"
 
 
 def infer_sequence(

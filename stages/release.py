@@ -10,7 +10,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ FALSE_ALARM_SHARE = 0.05
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 """Lesion probabilities that are tried."""
 LEAST_PRECISION = 0.9
-"""Smallest share of held-out studies with a named sequence in which the name is right."""
+"""Smallest share of the held-out studies that get a sequence's name in which it is right."""
+LEAST_NAMED = 6
+"""Fewest held-out studies that a name's threshold may rest on."""
 NEVER = 2.0
 """A threshold that no probability reaches."""
 
@@ -73,21 +75,24 @@ def see(model: Any, tokenizer: Any, record: Record) -> Seen:
     return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, signal)
 
 
-def sequence_threshold(model: Any, tokenizer: Any, records: list[Record], looks: list[Seen]) -> tuple[float, dict[str, Any]]:
-    """Smallest probability from which on a sequence read off the image may be named, and what was measured for it."""
-    told = []
+def sequence_thresholds(model: Any, tokenizer: Any, records: list[Record], looks: list[Seen]) -> dict[str, Any]:
+    """For each sequence the smallest probability from which on it may be named when read off the image, where there is one;
+    and what was measured for it.
+    """
+    told: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for record, look in zip(records, looks, strict=True):
         said, share = infer_sequence(model, tokenizer, record.plane, look.signal)
-        told.append((share, said, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
-    named = sorted((t for t in told if t[1] != "other"), reverse=True)
-    threshold, count = NEVER, 0
-    for k, (share, _, _) in enumerate(named, 1):
-        if k >= 10 and sum(right for *_, right in named[:k]) >= LEAST_PRECISION * k:
-            threshold, count = share, k
-    measured = {"threshold": threshold, "named": count, "right": sum(right for *_, right in named[:count]),
-                "named_as": dict(Counter(said for _, said, _ in named[:count])), "studies": len(records),
-                "right_without_threshold": sum(right for *_, right in told)}
-    return threshold, measured
+        told[said].append((share, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
+    found = {}
+    for sequence, named in told.items():
+        named.sort(reverse=True)
+        for k in range(LEAST_NAMED, len(named) + 1):
+            right = sum(ok for _, ok in named[:k])
+            # Studies of equal probability stand or fall together.
+            if right >= LEAST_PRECISION * k and (k == len(named) or named[k][0] < named[k - 1][0]) and sequence != "other":
+                found[sequence] = {"threshold": named[k - 1][0], "named": k, "right": right}
+    right = sum(ok for named in told.values() for _, ok in named)
+    return {"thresholds": found, "studies": len(records), "right_without_threshold": right}
 
 
 @torch.inference_mode()
@@ -119,7 +124,8 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     model.config.lesion_threshold = min(good) if good else NEVER
     tried[NEVER] = (0.0, 0.0)
     model.config.least_lesion_ml = 0.1
-    model.config.sequence_threshold, sequence = sequence_threshold(model, tokenizer, records, looks)
+    sequence = sequence_thresholds(model, tokenizer, records, looks)
+    model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
     model.config.lesion_sensitivity = tried[model.config.lesion_threshold][1]
     return {
         "scope_limit": float(model.scope_limit),

@@ -18,6 +18,8 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -34,6 +36,7 @@ from omnimri.io.headers import class_of, kind_of
 from omnimri.io.series import UnusableError
 
 from .conftest import write_dicom
+from .fuzz import CORPUS, SUFFIX, lay, seeds
 
 SECRET = "Marker7531"
 PYDICOM = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -444,6 +447,33 @@ def decode(path):
         finally:
             os.chdir(here)
     return "read"
+
+
+@pytest.mark.parametrize("kind", SUFFIX)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["set", "insert", "cut"]), st.binary(min_size=1, max_size=8)), max_size=6),
+       choice=st.integers(0, 9))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, kind, edits, choice):
+    """Short fuzzing of every reader; `python -m tests.fuzz` is the long one, guided by coverage."""
+    folder = tmp_path_factory.getbasetemp() / f"seeds-{kind}"
+    if not folder.exists():
+        folder.mkdir()
+        seeds(kind, folder)
+    files = sorted(folder.iterdir())
+    data = bytearray(files[choice % len(files)].read_bytes())
+    for at, how, new in edits:
+        k = int(at * len(data))
+        data[k : k + (0 if how == "insert" else len(new) if how == "set" else 200)] = b"" if how == "cut" else new
+    with tempfile.TemporaryDirectory() as room:
+        assert decode(lay(kind, bytes(data), Path(room))) in (("read", "refused") if edits else ("read",))
+
+
+def test_what_once_failed_is_read_or_refused(tmp_path):
+    kept = sorted(CORPUS.iterdir())
+    assert kept
+    for path in kept:
+        kind = path.name.split("-")[0]
+        assert decode(lay(kind, path.read_bytes(), tmp_path)) in ("read", "refused"), path.name
 
 
 def test_libraries_own_test_files_read_or_are_refused():

@@ -342,7 +342,7 @@ def decode(frames: list[Frame]) -> np.ndarray:
                 voxels[k] += np.float32(f.intercept)
         except UnusableError:
             raise
-        except Exception as error:  # decoders raise many kinds on damaged pixels; none of their text may leave
+        except BaseException as error:  # decoders raise many kinds on damaged pixels, also panics of Rust; their text may not leave
             raise UnusableError(f"expected decodable pixels, got damaged or unsupported ones ({type(error).__name__})") from None
     return voxels.transpose(2, 1, 0)
 
