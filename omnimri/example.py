@@ -166,19 +166,16 @@ def prepare(
     max_slices: int,
     tokens_per_slice: int,
     answer_prefix: str | None = None,
-    show_sequence: bool = True,
 ) -> Example:
     """Make tensors of a record and a conversation: the same for training and for serving.
 
     Args:
         answer_prefix: Opens an assistant turn for generation.
-        show_sequence: Whether the card tells the sequence (where it is known).
     """
     images = normalise(record.images)
     chosen = language_slices(len(images), max_slices)
     num_image_tokens = len(chosen) * tokens_per_slice
-    shown = record.sequence if show_sequence else None
-    study = card(record.plane, shown, record.lesion_places, record.signal)
+    study = card(record.plane, record.sequence, record.lesion_places, record.signal)
     rendered = render(
         conversation, tokenizer, study=study, num_image_tokens=num_image_tokens, answer_prefix=answer_prefix
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_recipes.mixture import Mixture
-from data_recipes.recipe import generator, uniform
+from data_recipes.recipe import generator
 from omnimri.conversation import Message, render
 from omnimri.example import LESION_CLASS, Example, Record, collate, prepare
 from omnimri.grounding import pool_evidence
@@ -53,11 +53,10 @@ class DialogueSource:
         self.sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
 
     def example(self, index: int) -> Example:
-        """Record `index` with exchanges in a drawn order; half of the cards hide the sequence."""
+        """Record `index` with exchanges in a drawn order."""
         record = self.mixture.record(index)
-        g = generator(self.mixture.seed, "dialogue", index)
-        conversation, shown = dialogue(record, g, self.tokenizer), uniform(g, 0, 1) < 0.5
-        return prepare(record, conversation, self.tokenizer, show_sequence=shown, **self.sizes)
+        conversation = dialogue(record, generator(self.mixture.seed, "dialogue", index), self.tokenizer)
+        return prepare(record, conversation, self.tokenizer, **self.sizes)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Pad and stack."""

@@ -17,9 +17,10 @@ from omnimri.checkpoint import EMBEDDED
 from omnimri.cli import main
 from omnimri.io.kspace import write_kspace
 from omnimri.physics import fft2c, gaussian_coils, line_mask
-from omnimri.volume import KSpace
+from omnimri.volume import KSpace, Volume
 
 from .conftest import write_dicom
+from .test_intake import written
 from .test_io import bad_inputs
 
 FINDING = {"name", "label", "side", "location", "volume_ml", "diameter_mm", "box_mm", "slice_index", "sop_instance_uid", "confidence"}
@@ -119,15 +120,48 @@ def test_the_name_decides_the_mask(capsys, mni, tmp_path):
         assert sign * where[:, 0].mean() > 15
 
 
-def test_dicom_of_the_same_scan_gives_the_same_answer(capsys, scan, scan_file, tmp_path):
-    folder = write_dicom(scan, tmp_path / "dicom")
-    answers = [json.loads(run(capsys, "ask", path, "Write a report.", "--json")[1]) for path in (scan_file, folder)]
-    assert answers[0]["text"] == answers[1]["text"]
-    assert answers[0]["study"] == answers[1]["study"]
-    for a, b in zip(answers[0]["findings"], answers[1]["findings"], strict=True):
-        assert a["slice_index"] == b["slice_index"]
-        assert b["sop_instance_uid"].startswith("1.2.826")
-        assert a["sop_instance_uid"] is None
+def test_every_format_of_one_scan_gives_the_same_answer(capsys, scan, tmp_path):
+    answers = {}
+    for path in written(scan, tmp_path):
+        if path.name in ("b.nii.gz", "e.nrrd", "f.mha", "dicom"):
+            status, out, _ = run(capsys, "ask", path, "Write a report.", "--json")
+            assert status == 0
+            answers[path.name] = json.loads(out)
+    first, dicom = answers["b.nii.gz"], answers["dicom"]
+    assert first["scope"]["in_scope"]
+    for name, other in answers.items():
+        assert other["text"] == first["text"], name
+        assert other["study"] == first["study"], name
+        assert [f["slice_index"] for f in other["findings"]] == [f["slice_index"] for f in first["findings"]], name
+    assert all(f["sop_instance_uid"].startswith("1.2.826") for f in dicom["findings"])
+    assert all(f["sop_instance_uid"] is None for f in first["findings"])
+
+
+def test_a_question_may_name_its_series(capsys, scan, tmp_path):
+    """Two series of one study, of unlike geometry: the answer is about the one that is named, in that one's space, and says so."""
+    thin = Volume(scan.voxels[:, :, :, ::2].contiguous(), scan.affine @ torch.diag(torch.tensor([1.0, 1.0, 2.0, 1.0]).double()))
+    write_dicom(scan, tmp_path / "t1", header={"RepetitionTime": 500, "EchoTime": 12})
+    write_dicom(thin, tmp_path / "flair", header={"RepetitionTime": 9000, "EchoTime": 120, "InversionTime": 2500})
+    told = {}
+    for question in ("Segment the left thalamus.", "Segment the left thalamus on the FLAIR."):
+        status, out, _ = run(capsys, "ask", tmp_path, question, "--json")
+        assert status == 0
+        told[question] = json.loads(out)
+        check_contract(told[question], (scan if "FLAIR" not in question else thin).shape)
+    first, second = told.values()
+    assert (first["study"]["sequence"], second["study"]["sequence"]) == ("T1w", "FLAIR")
+    assert any("answered on series 1 (T1w) of 2 series" in w for w in first["warnings"] + second["warnings"])
+    assert any("(FLAIR) of 2 series" in w for w in second["warnings"])
+
+
+@pytest.mark.parametrize(("looks", "told"), [("T2w", True), ("T1w", False), ("other", False)])
+def test_a_header_that_the_image_contradicts_is_told(capsys, scan, tmp_path, monkeypatch, looks, told):
+    monkeypatch.setattr("omnimri.examination.named_sequence", lambda *_: looks)
+    folder = write_dicom(scan, tmp_path / "d", header={"RepetitionTime": 500, "EchoTime": 12})
+    answer = json.loads(run(capsys, "ask", folder, "What sequence is this?", "--json")[1])
+    assert answer["study"]["sequence"] == "T1w"
+    assert answer["study"]["sequence_source"] == "header"
+    assert any("the header says T1-weighted, the image looks T2-weighted" in w for w in answer["warnings"]) == told
 
 
 def test_reconstruct_simulated_kspace(capsys, tmp_path):

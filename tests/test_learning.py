@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_recipes import Phantom
+from data_recipes.describe import facts_of
 from omnimri.checkpoint import load_model
 from omnimri.conversation import Message
 from omnimri.examination import infer_sequence
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(1800)
 SEEDS = range(int(os.environ.get("OMNIMRI_SEEDS", "1")))
 SIZE, SLICES = 64, 2
 ASKS = {
-    "<segment>": ("Segment the left thalamus.", "Where is the right putamen?", "Outline the brain-stem.", "Please mark the left caudate."),
+    "<segment>": ("Segment the {}.", "Where is the {}?", "Outline the {}.", "Please mark the {}."),
     "<detect>": ("Find lesions.", "Are there any lesions?", "Is this brain normal?", "Is there a tumour?"),
     "<report>": ("Write a report.", "Report this study.", "What do you see?", "Summarise the findings."),
     "<reconstruct>": ("Reconstruct this.", "Make an image from the k-space.", "Run the reconstruction please.", "Reconstruct the image."),
@@ -48,7 +49,7 @@ def runs(request, tmp_path_factory):
     # Both towers stay as they are, as in locked-image tuning: so short a run would only unsettle them.
     locked = {"learning_rate.vision.*": 0, "learning_rate.language.*": 0}
     stage("align", home / "align", init=home / "vision", steps=80, batch_size=32, **locked, **shared)
-    shares = {"mask_share": 0.3, "word_share": 0.62}
+    shares = {"mask_share": 0.27, "word_share": 0.66}
     stage("pretrain", home / "pretrain", init=home / "align", steps=640, batch_size=3, **shares, **shared)
     shares = {"mask_share": 0, "word_share": 0.9}
     stage("instruct", home / "instruct", init=home / "pretrain", steps=40, batch_size=3, **shares, **shared)
@@ -144,8 +145,10 @@ def test_stage_4_chooses_the_task(runs, held_out):
     model, tokenizer, _ = load_model(runs / "instruct")
     wanted = [(token, ask) for asks in zip(*ASKS.values(), strict=True) for token, ask in zip(ASKS, asks, strict=True)] * 3
     right = 0
-    for record, (token, ask) in zip(held_out, wanted, strict=False):
-        said = re.search("|".join(ASKS), reply(model, tokenizer, record, ask))
+    for k, (record, (token, ask)) in enumerate(zip(held_out, wanted, strict=False)):
+        # What is not in the slices is rightly not outlined: only what is there is asked for.
+        there = facts_of(record).visible
+        said = re.search("|".join(ASKS), reply(model, tokenizer, record, ask.format(there[k % len(there)])))
         right += said is not None and said[0] == token
     assert right >= 0.95 * len(wanted), (right, len(wanted))
 

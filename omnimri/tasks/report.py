@@ -30,13 +30,13 @@ class Report:
 
     def loss(self, predicted: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Next-token cross-entropy of (B, T, V) logits; every answer counts by the root of its length, so that reports do not
-        drown the short answers, whose first words choose the task.
+        drown the short answers, and its first token, which chooses the task, counts in full.
         """
         learnt = target != IGNORE
         starts = learnt & ~F.pad(learnt[:, :-1], (1, 0))
         answer = starts.long().cumsum(1) * learnt
         length = torch.zeros_like(answer, dtype=torch.float32).scatter_add_(1, answer, torch.ones_like(answer, dtype=torch.float32))
-        weight = length.gather(1, answer).rsqrt()[:, 1:][learnt[:, 1:]]
+        weight = length.gather(1, answer).rsqrt().masked_fill(starts, 1.0)[:, 1:][learnt[:, 1:]]
         ce = F.cross_entropy(predicted[:, :-1][learnt[:, 1:]].float(), target[:, 1:][learnt[:, 1:]], reduction="none")
         return {"text": ((ce * weight).sum(), weight.sum())}
 
