@@ -36,7 +36,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from .intake import read
-    from .series import UnusableError, check_voxels
+    from .series import UnusableError, check_voxels, decoding
     from .study import choose
 
     room = Path.cwd()
@@ -58,7 +58,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         }
         if series in wanted:
             try:
-                voxels, more = check_voxels(series.decode())
+                with decoding(f"a readable {series.format} series"):
+                    voxels, more = check_voxels(series.decode())
                 file = f"{k}.npy"
                 np.save(room / file, np.asfortranarray(voxels) if voxels.flags.f_contiguous else np.ascontiguousarray(voxels))
                 row |= {"file": file, "warnings": [*series.warnings, *more]}

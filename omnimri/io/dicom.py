@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .headers import ENHANCED, MOSAIC_IMAGES, TAGS, class_of, codes, kind_of, number, parameters_of, sequence_of, uid
-from .series import Contents, Series, UnusableError, check_affine, check_shape
+from .series import Contents, Series, UnusableError, check_affine, check_shape, decoding
 
 NATIVE = {"1.2.840.10008.1.2": True, "1.2.840.10008.1.2.1": False}
 """Uncompressed little-endian transfer syntaxes, and whether value types are implicit."""
@@ -253,7 +253,8 @@ def volumes_of(frames: list[Frame], passed_over: list[str]) -> list[Series]:
         for repeat, of, stack in repeats(members):
             told = [*words, f"volume {repeat} of {of}"] if of > 1 else words
             try:
-                made.append(stack_frames(stack, ", ".join(told)))
+                with decoding("a readable DICOM series"):
+                    made.append(stack_frames(stack, ", ".join(told)))
             except UnusableError as error:
                 passed_over.append(f"{key[0]} of {len(stack)} slice{'s' if len(stack) > 1 else ''}: {error}")
     return made
@@ -325,7 +326,7 @@ def decode(frames: list[Frame]) -> np.ndarray:
     rows, columns = frames[0].size
     last: tuple[Path | None, Any] = (None, None)
     for k, f in enumerate(frames):
-        try:
+        with decoding("decodable pixels"):
             if last[0] != f.path:
                 last = f.path, pixels_of(f)
             if k == 0:
@@ -340,10 +341,6 @@ def decode(frames: list[Frame]) -> np.ndarray:
             np.multiply(plane, np.float32(f.slope), out=voxels[k], casting="unsafe")
             if f.intercept:
                 voxels[k] += np.float32(f.intercept)
-        except UnusableError:
-            raise
-        except BaseException as error:  # decoders raise many kinds on damaged pixels, also panics of Rust; their text may not leave
-            raise UnusableError(f"expected decodable pixels, got damaged or unsupported ones ({type(error).__name__})") from None
     return voxels.transpose(2, 1, 0)
 
 

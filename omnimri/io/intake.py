@@ -14,7 +14,7 @@ from .dicom import read_dicom
 from .images import read_picture, read_with_itk
 from .kspace import read_kspace
 from .nifti import read_with_nibabel
-from .series import MAX_FILE_BYTES, MAX_FILES, Contents, Series, UnusableError
+from .series import MAX_FILE_BYTES, MAX_FILES, Contents, Series, UnusableError, decoding
 
 MAX_RATIO = 200
 """Most that an archive's file may inflate by."""
@@ -127,9 +127,11 @@ def _read_files(files: list[Path], room: Path, whole: bool) -> Contents:
         kind = kinds[path]
         try:
             if kind == "HDF5":
-                _read_hdf5(path, room, found, k)
+                with decoding("readable k-space"):
+                    _read_hdf5(path, room, found, k)
             elif kind.removesuffix(" in gzip") in SUFFIX:
-                _add(found, _read_image(path, kind, room / f"in{k}"))
+                with decoding(f"a readable {kind.removesuffix(' in gzip')} file"):
+                    _add(found, _read_image(path, kind, room / f"in{k}"))
             elif path in taken or (not whole and path.suffix.lower() in VOXEL_FILES):
                 continue
             elif kind == "zip":

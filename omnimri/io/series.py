@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,21 @@ MAX_FILES = 20_000
 """Most files of a folder or archive."""
 MAX_FILE_BYTES = 2 * 2**30
 """Largest file of a folder or archive that is looked at."""
+
+
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Whatever a decoder raises on hostile bytes, panics of Rust too, becomes one sentence; its own text may hold the header's.
+
+    Raises:
+        UnusableError: anything was raised but that, or want of memory.
+    """
+    try:
+        yield
+    except (UnusableError, MemoryError):
+        raise
+    except BaseException as error:
+        raise UnusableError(f"expected {what}, got damaged or unsupported data ({type(error).__name__}); export it again") from None
 
 
 class UnusableError(ValueError):
