@@ -249,7 +249,7 @@ def describe(record: Record, g: torch.Generator) -> Record:
     assert record.lesions is not None
     record = replace(record, signal=signal_words(normalise(record.images)[:, 1], record.labels, record.lesions))
     f = facts_of(record)
-    exchanges = [pick(g, TURNS, (0.27, 0.19, 0.14, 0.08, 0.32))(g, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
+    exchanges = [pick(g, TURNS, (0.27, 0.18, 0.14, 0.12, 0.29))(g, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
     return replace(
         record,
         caption=report(g, f),

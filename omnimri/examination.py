@@ -264,7 +264,7 @@ def infer_sequence(
     """The sequence whose words the language model finds likeliest after the signal of the masks, and its share of the
     probability.
 
-    An image called T1-weighted may have been taken with contrast agent or without: it is no less T1-weighted.
+    Whether contrast agent was given is not in those words: such an image is called T1-weighted, which it is.
     """
     scores = []
     for sequence in SEQUENCES:
@@ -273,8 +273,9 @@ def infer_sequence(
         logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)[labels != IGNORE]
         scores.append(float(logits.gather(1, labels[labels != IGNORE, None]).sum()))
     share = dict(zip(SEQUENCES, torch.tensor(scores).softmax(0).tolist(), strict=True))
+    share["T1w"] += share.pop("T1w-Gd")
     best = max(share, key=lambda s: share[s])
-    return best, share[best] + (share["T1w-Gd"] if best == "T1w" else 0.0)
+    return best, share[best]
 
 
 def _query_states(

@@ -22,7 +22,7 @@ from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.2, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
+WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.5, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
            "box": 0.05, "reconstruct": 0.5}
 
 Losses = dict[str, tuple[Tensor, Tensor]]

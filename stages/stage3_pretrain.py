@@ -12,7 +12,7 @@ LEARNING_RATE = {
     "vision.*": 5e-4,
     "heads.contrast.*": 0.0,
     "projector.*": 1e-3,
-    "language.*": 3e-3,
+    "language.*": 1.5e-3,
     "heads.pixels.*": 5e-3,
     "heads.segment.table": 5e-3,
     "heads.segment.query.*": 3e-3,

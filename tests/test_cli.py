@@ -137,6 +137,22 @@ def test_every_format_of_one_scan_gives_the_same_answer(capsys, scan, tmp_path):
     assert all(f["sop_instance_uid"] is None for f in first["findings"])
 
 
+def test_turning_the_array_with_its_affine_changes_no_mask(capsys, scan, scan_file, tmp_path):
+    turned = scan.voxels[0].permute(1, 2, 0).flip(0, 2).contiguous()
+    affine = scan.affine[:, [1, 2, 0, 3]].clone()
+    for axis in (0, 2):
+        affine[:3, 3] += affine[:3, axis] * (turned.shape[axis] - 1)
+        affine[:3, axis] *= -1
+    nibabel.save(nibabel.Nifti1Image(turned.numpy(), affine.numpy()), tmp_path / "turned.nii.gz")
+    labels = []
+    for path in (scan_file, tmp_path / "turned.nii.gz"):
+        assert run(capsys, "segment", path, "--out", tmp_path / "seg.nii.gz")[0] == 0
+        labels.append(np.asarray(nibabel.load(tmp_path / "seg.nii.gz").dataobj))
+    back = labels[1][::-1, :, ::-1].transpose(2, 0, 1)
+    assert len(np.unique(labels[0])) > 4
+    assert (back == labels[0]).mean() > 0.999
+
+
 def test_a_question_may_name_its_series(capsys, scan, tmp_path):
     """Two series of one study, of unlike geometry: the answer is about the one that is named, in that one's space, and says so."""
     thin = Volume(scan.voxels[:, :, :, ::2].contiguous(), scan.affine @ torch.diag(torch.tensor([1.0, 1.0, 2.0, 1.0]).double()))
