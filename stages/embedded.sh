@@ -10,9 +10,9 @@ stage align --init "$runs/vision" --out "$runs/align" --set steps=140 --set batc
 # Few slices of many heads: a dense decoder learns by steps, and slices of one head say much the same.
 few=(--set num_slices=4 --set max_slices=4)
 stage pretrain --init "$runs/align" --out "$runs/pretrain" --set steps=6000 --set mask_share=0.65 --set word_share=0.1 "${few[@]}"
-stage instruct --init "$runs/pretrain" --out "$runs/instruct" --set steps=350 --set mask_share=0.15 --set word_share=0.45 "${few[@]}"
-# Words alone, in large batches: what masks show, said in words on the card, is learnt from many studies at once.
-python -m stages.release "$runs/instruct" --data "$data" --out "$runs/merged"
-stage pretrain --init "$runs/merged" --out "$runs/words" --set steps=130 --set batch_size=12 --set mask_share=0 --set word_share=0.999 \
-  --set 'learning_rate.vision.*=0' --set 'learning_rate.heads.*=0' --set 'learning_rate.projector.*=0' --set 'learning_rate.language.*=0.0015' "${few[@]}"
-python -m stages.release "$runs/words" --data "$data" --out omnimri/embedded --count 120
+# Words alone, in larger batches: what masks show, said in words on the card, is learnt from many studies at once.
+still=(--set 'learning_rate.vision.*=0' --set 'learning_rate.heads.*=0' --set 'learning_rate.projector.*=0' --set 'learning_rate.language.*=0.001')
+stage pretrain --init "$runs/pretrain" --out "$runs/words" --set steps=700 --set batch_size=4 --set mask_share=0 --set word_share=0.999 "${still[@]}" "${few[@]}"
+# Then the queries are brought back to the masks.
+stage instruct --init "$runs/words" --out "$runs/instruct" --set steps=250 --set batch_size=4 --set mask_share=0 --set word_share=0.55 "${few[@]}"
+python -m stages.release "$runs/instruct" --data "$data" --out omnimri/embedded --count 120
