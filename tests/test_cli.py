@@ -54,6 +54,14 @@ def mni(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def thick(mni, tmp_path_factory):
+    """Every third axial slice of the template: looked at in one plane, in a third of the time."""
+    path = tmp_path_factory.mktemp("thick") / "thick.nii.gz"
+    nibabel.load(mni).slicer[:, :, ::3].to_filename(path)
+    return path
+
+
 def test_help_is_fast_and_whole():
     out = subprocess.run([sys.executable, "-m", "omnimri.cli", "--help"], capture_output=True, text=True, check=True).stdout
     for command in ("info", "ask", "segment", "report", "reconstruct", "chat"):
@@ -98,25 +106,25 @@ def test_report_on_a_real_scan(capsys, mni, tmp_path):
     assert ("lesion in the" in answer["text"]) <= bool(answer["findings"])
 
 
-def test_sequence_and_plane_of_a_real_scan(capsys, mni):
-    status, out, _ = run(capsys, "ask", mni, "What sequence and plane is this?", "--json")
+def test_sequence_and_plane_of_a_real_scan(capsys, thick):
+    status, out, _ = run(capsys, "ask", thick, "What sequence and plane is this?", "--json")
     assert status == 0
     text = json.loads(out)["text"]
     assert "axial" in text
     assert "T1-weighted" in text or "cannot" in text
 
 
-def test_the_name_decides_the_mask(capsys, mni, tmp_path):
+def test_the_name_decides_the_mask(capsys, thick, tmp_path):
     """An answer's own query outlines the side that was named."""
     for side, label, sign in (("left", 3, -1), ("right", 42, 1)):
-        status, out, _ = run(capsys, "ask", mni, f"Segment the {side} cerebral cortex.", "--out", tmp_path / side, "--json")
+        status, out, _ = run(capsys, "ask", thick, f"Segment the {side} cerebral cortex.", "--out", tmp_path / side, "--json")
         assert status == 0
         assert f"{side} cerebral cortex" in json.loads(out)["text"]
         seg = nibabel.load(next((tmp_path / side).glob("*.nii.gz")))
         labels = np.asarray(seg.dataobj)
         assert set(np.unique(labels)) == {0, label}
         where = nibabel.affines.apply_affine(seg.affine, np.argwhere(labels == label))
-        assert len(where) * 8 / 1000 > 50
+        assert len(where) * 24 / 1000 > 50
         assert sign * where[:, 0].mean() > 15
 
 

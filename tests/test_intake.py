@@ -273,6 +273,17 @@ def test_a_whole_study_is_told_apart(scan, tmp_path):
         open_study(folder, series=["77"])
 
 
+def test_series_without_a_common_frame_are_told(scan, tmp_path):
+    one, two = generate_uid(), generate_uid()
+    for uids, told in (((one, one), False), ((one, two), True)):
+        folder = tmp_path / str(told)
+        for name, uid, tr, te in zip("ab", uids, (500, 5000), (12, 90), strict=True):
+            write_dicom(scan, folder / name, header={"FrameOfReferenceUID": uid, "RepetitionTime": tr, "EchoTime": te})
+        study = open_study(folder)
+        assert len(study.volumes) == 2
+        assert any("frame of reference" in w for w in study.warnings) == told
+
+
 def test_missing_doubled_sheared_and_repeated_slices(scan, tmp_path):
     folder = write_dicom(scan, tmp_path / "missing", shuffle=False)
     (folder / "IM0005").unlink()
@@ -547,19 +558,28 @@ def test_a_child_that_takes_too_long_or_dies_is_one_sentence(scan_file, monkeypa
     assert rooms() <= before
 
 
-def test_no_text_of_a_header_leaves_the_reader(scan, tmp_path, capfd):
-    """Markers in every text field: in nothing that is returned, printed, raised or named."""
-    folder = write_dicom(scan, tmp_path / "marked")
-    for path in folder.iterdir():
+TEXT_TAGS = (
+    "PatientName", "PatientID", "StudyDescription", "SeriesDescription", "ProtocolName", "InstitutionName", "ReferringPhysicianName",
+    "StationName", "Manufacturer", "ImageComments", "SequenceName", "ContrastBolusAgent", "AccessionNumber", "StudyID", "PatientComments",
+    "OperatorsName", "BodyPartExamined", "DeviceSerialNumber")
+
+
+def marked(scan, folder):
+    """A series with a marker in every text field."""
+    for path in write_dicom(scan, folder).iterdir():
         d = pydicom.dcmread(path)
-        for keyword in ("PatientName", "PatientID", "StudyDescription", "SeriesDescription", "ProtocolName", "InstitutionName",
-                        "ReferringPhysicianName", "StationName", "Manufacturer", "ImageComments", "SequenceName", "ContrastBolusAgent",
-                        "AccessionNumber", "StudyID", "PatientComments", "OperatorsName", "BodyPartExamined", "DeviceSerialNumber"):
+        for keyword in TEXT_TAGS:
             setattr(d, keyword, SECRET[:16])
         d.ImageType = ["ORIGINAL", "PRIMARY", SECRET.upper()]
         d.SOPInstanceUID = SECRET
         d.ScanningSequence = SECRET.upper()[:16]
         d.save_as(path)
+    return folder
+
+
+def test_no_text_of_a_header_leaves_the_reader(scan, tmp_path, capfd):
+    """Markers in every text field: in nothing that is returned, printed, raised or named."""
+    folder = marked(scan, tmp_path / "marked")
     study = open_study(folder)
     told = repr(study) + repr(study.series) + "".join(capfd.readouterr())
     change(folder, PixelData=b"\0" * 10)
@@ -573,6 +593,20 @@ def test_no_text_of_a_header_leaves_the_reader(scan, tmp_path, capfd):
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", SECRET.encode()))
     nibabel.save(image, tmp_path / f"{SECRET}.nii.gz")
     assert SECRET not in repr(open_study(tmp_path / f"{SECRET}.nii.gz"))
+
+
+def test_no_text_of_a_header_is_in_any_output(scan, tmp_path, capfd):
+    from omnimri.cli import main
+
+    folder, out = marked(scan, tmp_path / "in"), tmp_path / "out"
+    for command, *rest in (["info", "--json"], ["report", "--out", out], ["ask", "Who is it?", "--out", out / "ask", "--json"]):
+        assert main([command, str(folder), *map(str, rest)]) == 0
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert len(files) >= 3
+    told = "".join(capfd.readouterr()).encode()
+    told += b"".join(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes() for p in files)
+    assert SECRET.lower().encode() not in told.lower()
+    assert not any(SECRET in p.name for p in files)
 
 
 def test_the_child_never_imports_torch():

@@ -68,6 +68,8 @@ def _study(told: dict[str, Any], room: Path) -> Study:
         warnings.append(f"passed over: {'; '.join(told['passed_over'])}")
     if len({row["patient"] for row in told["series"]}) > 1:
         warnings.append("more than one patient or study in these files: only one is used")
+    if len({v.frame for v in volumes}) > 1:
+        warnings.append("the series do not share one frame of reference: places in one cannot be compared with places in another")
     kspace = None
     if told["kspace"] is not None:
         warnings += told["kspace"]["warnings"]
