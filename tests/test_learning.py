@@ -25,10 +25,15 @@ pytestmark = pytest.mark.timeout(1800)
 SEEDS = range(int(os.environ.get("OMNIMRI_SEEDS", "1")))
 SIZE, SLICES = 64, 2
 ASKS = {
-    "<segment>": ("Segment the {}.", "Where is the {}?", "Outline the {}.", "Please mark the {}."),
-    "<detect>": ("Find lesions.", "Are there any lesions?", "Is this brain normal?", "Is there a tumour?"),
-    "<report>": ("Write a report.", "Report this study.", "What do you see?", "Summarise the findings."),
-    "<reconstruct>": ("Reconstruct this.", "Make an image from the k-space.", "Run the reconstruction please.", "Reconstruct the image."),
+    "<segment>": ("Segment the {}.", "Outline the {}.", "Can you show me the {}?", "Where is the {}?", "Delineate the {} please.", "segment {}",
+                  "Please mark the {}.", "Draw the {}.", "How large is the {}?", "What is the volume of the {}?"),
+    "<detect>": ("Find lesions.", "Are there any lesions?", "Is there anything abnormal?", "Detect lesions.", "Is there a tumour?",
+                 "Do you see an abnormality?", "Look for lesions please.", "Any pathology?", "Mark all lesions.", "Is this brain normal?",
+                 "Where is the lesion?", "Locate every lesion."),
+    "<report>": ("Write a report.", "Report this study.", "Describe this study.", "Summarise the findings.", "Give me a radiology report.",
+                 "What do you see?", "Please dictate a report.", "Report please.", "Describe the image in detail.", "What does this MRI show?"),
+    "<reconstruct>": ("Reconstruct this.", "Reconstruct the image.", "Make an image from the k-space.", "Reconstruct the undersampled data.",
+                      "Run the reconstruction please.", "Turn the raw data into an image."),
 }
 
 
@@ -49,8 +54,8 @@ def runs(request, tmp_path_factory):
     # Both towers stay as they are, as in locked-image tuning: so short a run would only unsettle them.
     locked = {"learning_rate.vision.*": 0, "learning_rate.language.*": 0}
     stage("align", home / "align", init=home / "vision", steps=80, batch_size=32, **locked, **shared)
-    shares = {"mask_share": 0.38, "word_share": 0.56}
-    stage("pretrain", home / "pretrain", init=home / "align", steps=560, batch_size=3, **shares, **shared)
+    shares = {"mask_share": 0.27, "word_share": 0.66}
+    stage("pretrain", home / "pretrain", init=home / "align", steps=640, batch_size=3, **shares, **shared)
     shares = {"mask_share": 0, "word_share": 0.9}
     stage("instruct", home / "instruct", init=home / "pretrain", steps=40, batch_size=3, **shares, **shared)
     return home
@@ -143,7 +148,7 @@ def test_stage_3_outlines_what_is_named(runs, held_out):
 
 def test_stage_4_chooses_the_task(runs, held_out):
     model, tokenizer, _ = load_model(runs / "instruct")
-    wanted = [(token, ask) for asks in zip(*ASKS.values(), strict=True) for token, ask in zip(ASKS, asks, strict=True)] * 3
+    wanted = [(token, ask) for token, asks in ASKS.items() for ask in asks] * 2
     right = 0
     for k, (record, (token, ask)) in enumerate(zip(held_out, wanted, strict=False)):
         # What is not in the slices is rightly not outlined: only what is there is asked for.
