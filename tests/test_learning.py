@@ -25,15 +25,19 @@ pytestmark = pytest.mark.timeout(1800)
 SEEDS = range(int(os.environ.get("OMNIMRI_SEEDS", "1")))
 SIZE, SLICES = 64, 2
 ASKS = {
-    "<segment>": ("Segment the {}.", "Outline the {}.", "Can you show me the {}?", "Where is the {}?", "Delineate the {} please.", "segment {}",
-                  "Please mark the {}.", "Draw the {}.", "How large is the {}?", "What is the volume of the {}?"),
-    "<detect>": ("Find lesions.", "Are there any lesions?", "Is there anything abnormal?", "Detect lesions.", "Is there a tumour?",
-                 "Do you see an abnormality?", "Look for lesions please.", "Any pathology?", "Mark all lesions.", "Is this brain normal?",
-                 "Where is the lesion?", "Locate every lesion."),
-    "<report>": ("Write a report.", "Report this study.", "Describe this study.", "Summarise the findings.", "Give me a radiology report.",
-                 "What do you see?", "Please dictate a report.", "Report please.", "Describe the image in detail.", "What does this MRI show?"),
-    "<reconstruct>": ("Reconstruct this.", "Reconstruct the image.", "Make an image from the k-space.", "Reconstruct the undersampled data.",
-                      "Run the reconstruction please.", "Turn the raw data into an image."),
+    "<segment>": (
+        "Segment the {}.", "Outline the {}.", "Can you show me the {}?", "Where is the {}?", "Delineate the {} please.",
+        "segment {}", "Please mark the {}.", "Draw the {}.", "How large is the {}?", "What is the volume of the {}?"),
+    "<detect>": (
+        "Find lesions.", "Are there any lesions?", "Is there anything abnormal?", "Detect lesions.", "Is there a tumour?",
+        "Do you see an abnormality?", "Look for lesions please.", "Any pathology?", "Mark all lesions.", "Is this brain normal?",
+        "Where is the lesion?", "Locate every lesion."),
+    "<report>": (
+        "Write a report.", "Report this study.", "Describe this study.", "Summarise the findings.", "Give me a radiology report.",
+        "What do you see?", "Please dictate a report.", "Report please.", "Describe the image in detail.", "What does this MRI show?"),
+    "<reconstruct>": (
+        "Reconstruct this.", "Reconstruct the image.", "Make an image from the k-space.", "Reconstruct the undersampled data.",
+        "Run the reconstruction please.", "Turn the raw data into an image."),
 }
 
 
