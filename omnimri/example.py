@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES
 from .conversation import IGNORE, Message, Rendered, card, query_messages, render, sequence_messages
+from .volume import quantiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,21 +94,21 @@ def normalise(images: Tensor) -> Tensor:
     """Scale a study so that its foreground's 1st and 99th percentiles become 0 and 1; clip to [-0.1, 1.5].
 
     Args:
-        images: (S, 3, H, W), any units.
+        images: (S, 3, H, W), any units; or (S, 1, H, W) for slices without neighbours.
 
     Raises:
         ValueError: the study has no contrast or holds values that are not finite.
     """
-    sample = images[:, 1, ::3, ::3].flatten()
+    sample = images[:, images.shape[1] // 2, ::3, ::3].flatten()
     if not bool(torch.isfinite(sample).all()):
         raise ValueError("expected finite intensities, got NaN or infinity; export the series again")
-    floor, top = torch.quantile(sample, torch.tensor([0.01, 0.995], device=sample.device)).tolist()
+    floor, top = quantiles(sample, (0.01, 0.995))
     fore = sample[sample > floor + 0.1 * (top - floor)]
     if fore.numel() < 16 or top <= floor:
         raise ValueError("expected an image with contrast, got a nearly constant one")
-    low, high = torch.quantile(fore, torch.tensor([0.01, 0.99], device=sample.device)).tolist()
+    low, high = quantiles(fore, (0.01, 0.99))
     low = min(low, floor + 0.1 * (top - floor))
-    return ((images - low) / max(high - low, 1e-6 * abs(high), 1e-12)).clamp(-0.1, 1.5)
+    return (images - low).div_(max(high - low, 1e-6 * abs(high), 1e-12)).clamp_(-0.1, 1.5)
 
 
 def language_slices(num_slices: int, most: int) -> Tensor:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .anatomy import PLANES
-from .volume import Volume
+from .volume import Volume, quantiles
 
 FINEST_MM = 1.0
 """Finest spacing of a lattice."""
@@ -39,8 +40,8 @@ def closest_axes(affine: Tensor) -> list[int]:
 def foreground(volume: Volume) -> Tensor:
     """(X, Y, Z) bool: voxels above a tenth of the way from the darkest to the brightest percentile."""
     v = volume.voxels[0]
-    sample = v.flatten()[:: max(1, v.numel() // 1_000_000)]
-    low, high = torch.quantile(sample, torch.tensor([0.01, 0.995])).tolist()
+    every = max(1, round((v.numel() / 1_000_000) ** (1 / 3)))
+    low, high = quantiles(v[::every, ::every, ::every].flatten(), (0.01, 0.995))
     return v > low + 0.1 * (high - low)
 
 
@@ -93,13 +94,13 @@ class Grid:
         """
         plane = plane or plane_of(volume)[0]
         to_voxel = closest_axes(volume.affine)
-        fore = foreground(volume)
-        if not bool(fore.any()) or bool(fore.all()):
+        fore = foreground(volume).numpy()
+        columns = fore.sum(2)  # numpy counts bools twenty times faster than torch
+        if columns.sum() in (0, fore.size):
             raise ValueError("expected an image with contrast between head and air, got a nearly constant volume")
         box = []
-        for axis in range(3):
-            profile = fore.sum(dim=[a for a in range(3) if a != axis]).double()
-            kept = torch.nonzero(profile > 0.001 * profile.max()).flatten()
+        for profile in (columns.sum(1), columns.sum(0), fore.sum((0, 1))):
+            kept = np.flatnonzero(profile > 0.001 * profile.max())
             box.append((int(kept[0]), int(kept[-1])))
         patient = (NORMAL[plane], ROWS[plane][0], COLUMNS[plane][0])
         want = (SLICE_SIGN[plane], ROWS[plane][1], COLUMNS[plane][1])

@@ -193,6 +193,9 @@ def fit(
             accelerator.print(f"  {title}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "")
         if hasattr(objective, "after_init"):
             objective.after_init()
+    if accelerator.device.type == "cpu":
+        # Fused attention's backward pass on CPUs takes twice the time of the plain one at these lengths.
+        objective.model.language.set_attn_implementation("eager")
     groups = parameter_groups(objective, config)
     start = 0
     if resumed is not None:
@@ -237,6 +240,11 @@ def fit(
         if (step + 1) % config.save_every == 0 or done:
             _save(accelerator, out, step + 1, objective, updates, tokenizer, config, provenance or {})
     bar.close()
+    accelerator.wait_for_everyone()
+    if world > 1:
+        # Gloo's threads need the interpreter to let go of their last tensors, and its destructor waits for them while it
+        # holds the interpreter: without this pause a process hangs at its end now and then (torch 2.13).
+        time.sleep(0.5)
     accelerator.end_training()
     return last
 

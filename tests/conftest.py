@@ -13,10 +13,15 @@ for _key, _value in {
     "DS_ACCELERATOR": "cpu",
 }.items():
     os.environ[_key] = _value
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Test processes share the cores: more threads than cores make each other wait.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
 
@@ -29,6 +34,15 @@ from omnimri.model.omnimri import OmniMRI
 from omnimri.tokens import token_ids
 from omnimri.volume import Volume
 from stages.__main__ import recipe_tokenizer
+
+SECRET = "Marker7531"
+PYDICOM = Path(pydicom.__file__).parent / "data" / "test_files"
+NIBABEL = Path(nibabel.__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that the others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_learning.py")
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +98,6 @@ def scan_file(scan, tmp_path_factory) -> Path:
 
 def write_dicom(volume: Volume, folder: Path, *, modality: str = "MR", shuffle: bool = True, header: dict | None = None) -> Path:
     """Write a volume as a classic MR series, one file a slice, in shuffled order."""
-    import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
@@ -118,4 +131,14 @@ def write_dicom(volume: Volume, folder: Path, *, modality: str = "MR", shuffle: 
             setattr(d, key, value)
         d.PixelData = np.ascontiguousarray(stored[:, :, k].T).tobytes()
         pydicom.dcmwrite(folder / f"IM{number:04d}", d, enforce_file_format=True)
+    return folder
+
+
+def change(folder: Path, **header) -> Path:
+    """Set header fields of every instance, by value or by a function of the instance."""
+    for path in folder.iterdir():
+        d = pydicom.dcmread(path)
+        for key, value in header.items():
+            setattr(d, key, value(d) if callable(value) else value)
+        d.save_as(path)
     return folder

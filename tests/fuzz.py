@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of a reader: python -m tests.fuzz nifti|mgh|nrrd|dicom|kspace|zip|par --seconds 1800 [--corpus DIR].
 
 Needs atheris (`pip install atheris`). Runs the decoding child's own code in this process; what it raises must be its one
-kind of sentence, whatever the bytes. Files that once failed are kept in tests/corpus and read by tests/test_intake.py.
+kind of sentence, whatever the bytes. Files that once failed are kept in tests/corpus and read by tests/test_hostile.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def main() -> None:
         place.mkdir()
         os.chdir(place)
         try:
-            child.answer({"path": str(lay(args.kind, data, place)), "series": None})
+            with (place / "arrays").open("w+b") as arrays:
+                child.answer({"path": str(lay(args.kind, data, place)), "series": None}, arrays)
         except UnusableError as error:
             if not str(error).startswith("expected"):
                 raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .sandbox import TIME_S, take, warm
 
@@ -35,29 +35,29 @@ def open_study(path: str | Path, *, series: Sequence[str] | None = None, time_s:
         raise ValueError("expected a file or folder, found none at the given path; check its spelling")
     child = take()
     try:
-        return _study(child.ask({"path": str(path.resolve()), "series": list(series) if series else None}, time_s), child.room)
+        return _study(child.ask({"path": str(path.resolve()), "series": list(series) if series else None}, time_s), child.arrays)
     finally:
         child.close()
 
 
-def _study(told: dict[str, Any], room: Path) -> Study:
-    """The study of a child's answer; its arrays are mapped, so that the folder may go."""
+def _study(told: dict[str, Any], arrays: BinaryIO) -> Study:
+    """The study of a child's answer; its arrays are mapped, so that the file may be closed."""
     import numpy as np
     import torch
 
     from ..grid import plane_of
     from ..volume import KSpace, SeriesNote, Study, Volume
 
-    def mapped(file: str) -> Any:
-        array = np.load(room / file, mmap_mode="c", allow_pickle=False)
+    def mapped(place: dict[str, Any], kind: Any = np.float32) -> Any:
+        array = np.memmap(arrays, kind, "c", offset=place["offset"], shape=tuple(place["shape"]), order=place["order"])
         return torch.from_numpy(array)
 
     volumes, notes, warnings = [], [], []
-    several = sum(row["file"] is not None for row in told["series"]) > 1
+    several = sum(row["voxels"] is not None for row in told["series"]) > 1
     for row in told["series"]:
         name = f"series {row['name']}"
-        if row["file"] is not None:
-            volumes.append(_volume(row, mapped(row["file"]), name))
+        if row["voxels"] is not None:
+            volumes.append(_volume(row, mapped(row["voxels"]), name))
             warnings += [f"{name}: {w}" if several else w for w in row["warnings"]]
         place = Volume(torch.zeros(1).expand(1, *row["shape"]), torch.tensor(row["affine"], dtype=torch.float64))
         notes.append(SeriesNote(name, row["format"], row["kind"], row["variant"], row["sequence"], plane_of(place)[1], place.shape,
@@ -73,7 +73,8 @@ def _study(told: dict[str, Any], room: Path) -> Study:
     kspace = None
     if told["kspace"] is not None:
         warnings += told["kspace"]["warnings"]
-        kspace = KSpace(mapped("kspace.npy"), mapped("mask.npy"), torch.tensor(told["kspace"]["affine"], dtype=torch.float64))
+        data, mask = mapped(told["kspace"]["data"], np.complex64), mapped(told["kspace"]["mask"], np.bool_)
+        kspace = KSpace(data, mask, torch.tensor(told["kspace"]["affine"], dtype=torch.float64))
     return Study(volumes=tuple(volumes), kspace=kspace, warnings=tuple(warnings), series=tuple(notes))
 
 

@@ -5,6 +5,7 @@ No free text is kept; what a header may tell is in `headers.py`. Runs in the dec
 
 from __future__ import annotations
 
+import mmap
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,7 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from .headers import ENHANCED, MOSAIC_IMAGES, TAGS, class_of, codes, kind_of, number, parameters_of, sequence_of, uid
+from .headers import (
+    CSA_CREATOR,
+    CSA_IMAGE_HEADER,
+    ENHANCED,
+    MOSAIC_IMAGES,
+    class_of,
+    codes,
+    header_of,
+    kind_of,
+    number,
+    parameters_of,
+    sequence_of,
+    tags,
+    uid,
+)
 from .series import Contents, Series, UnusableError, check_affine, check_shape, decoding
 
 NATIVE = {"1.2.840.10008.1.2": True, "1.2.840.10008.1.2.1": False}
@@ -36,7 +51,7 @@ class Frame:
     path: Path
     number: int
     """Frame of a multi-frame instance, from 0; tile of a mosaic."""
-    header: Any
+    header: dict[Any, Any]
     offset: int
     """Where Pixel Data begins in the file; 0 where it has to be parsed again."""
     position: np.ndarray
@@ -97,37 +112,38 @@ def read_dicom(paths: list[Path]) -> Contents:
     return found
 
 
-def read_header(path: Path) -> tuple[Any, int]:
-    """Whitelisted header fields, and where Pixel Data begins.
+def read_header(path: Path) -> tuple[dict[Any, Any], int]:
+    """Whitelisted header fields (see `headers.header_of`), and where Pixel Data begins.
 
     Raises:
         UnusableError: a deflated file inflates beyond its limit.
     """
     import pydicom
-    from pydicom.filereader import read_preamble
+    from pydicom.filereader import _read_file_meta_info, read_preamble
 
-    with path.open("rb") as f:
-        try:
-            read_preamble(f, force=True)
-            meta = pydicom.filereader._read_file_meta_info(f)
-            syntax = str(meta.get("TransferSyntaxUID", ""))
-            if syntax == DEFLATED:
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        data: Any = mapped
+        if data.find(DEFLATED.encode()) >= 0:
+            read_preamble(data, force=True)
+            if str(_read_file_meta_info(data).get("TransferSyntaxUID", "")) == DEFLATED:
                 inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-                if len(inflate.decompress(f.read(), MAX_INFLATED + 1)) > MAX_INFLATED:
+                if len(inflate.decompress(data.read(), MAX_INFLATED + 1)) > MAX_INFLATED:
                     raise UnusableError("expected an image file, got one that inflates beyond its limit")
-        finally:
-            f.seek(0)
-        header = pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
-        return header, f.tell() if syntax in NATIVE else 0
+            data.seek(0)
+        dataset = pydicom.dcmread(data, force=True, stop_before_pixels=True, specific_tags=list(tags()))
+        header = header_of(dataset)
+        header["TransferSyntaxUID"] = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+        return header, data.tell() if header["TransferSyntaxUID"] in NATIVE else 0
 
 
-def frames_of(path: Path, header: Any, offset: int) -> list[Frame]:
+def frames_of(path: Path, header: dict[Any, Any], offset: int) -> list[Frame]:
     """The frames of one MR instance; none where it has no pixels or no position."""
     rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
     if rows < 1 or columns < 1 or int(header.get("SamplesPerPixel") or 1) != 1:
         return []
     parameters, kind = parameters_of(header), kind_of(codes(header.get("ImageType")))
-    common = {"path": path, "header": header, "offset": offset, "size": (rows, columns), "parameters": parameters, "kind": kind}
+    common: dict[str, Any] = {"path": path, "header": header, "offset": offset, "size": (rows, columns), "parameters": parameters,
+                              "kind": kind}
     order = ("TemporalPositionIdentifier", "AcquisitionNumber", "InstanceNumber")
     numbers = tuple(int(number(header.get(k), high=1e9) or 0) for k in order)
     slope, intercept = _rescale(header)
@@ -135,8 +151,8 @@ def frames_of(path: Path, header: Any, offset: int) -> list[Frame]:
         return _enhanced_frames(header, common)
     if "ImagePositionPatient" not in header or "ImageOrientationPatient" not in header or "PixelSpacing" not in header:
         return []
-    position, row, column = _vectors(header.ImagePositionPatient, header.ImageOrientationPatient)
-    spacing = _spacing(header.PixelSpacing)
+    position, row, column = _vectors(header["ImagePositionPatient"], header["ImageOrientationPatient"])
+    spacing = _spacing(header["PixelSpacing"])
     if "MOSAIC" in codes(header.get("ImageType")):
         return _mosaic_frames(header, common, position, row, column, spacing, (slope, intercept), numbers)
     if int(header.get("NumberOfFrames") or 1) != 1:
@@ -145,10 +161,10 @@ def frames_of(path: Path, header: Any, offset: int) -> list[Frame]:
                   order=numbers, **common)]
 
 
-def _enhanced_frames(header: Any, common: dict[str, Any]) -> list[Frame]:
-    shared = header.SharedFunctionalGroupsSequence[0] if header.get("SharedFunctionalGroupsSequence") else {}
+def _enhanced_frames(header: dict[Any, Any], common: dict[str, Any]) -> list[Frame]:
+    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
     made = []
-    for k, own in enumerate(header.PerFrameFunctionalGroupsSequence):
+    for k, own in enumerate(header["PerFrameFunctionalGroupsSequence"]):
         if k >= MAX_FRAMES:
             raise UnusableError(f"expected at most {MAX_FRAMES} frames, got more; choose one study")
 
@@ -176,7 +192,7 @@ def _enhanced_frames(header: Any, common: dict[str, Any]) -> list[Frame]:
 
 
 def _mosaic_frames(
-    header: Any, common: dict[str, Any], position: np.ndarray, row: np.ndarray, column: np.ndarray, spacing: tuple[float, float],
+    header: dict[Any, Any], common: dict[str, Any], position: np.ndarray, row: np.ndarray, column: np.ndarray, spacing: tuple[float, float],
     rescale: tuple[float, float], numbers: tuple[int, ...]
 ) -> list[Frame]:
     """Tiles of a Siemens mosaic: the header's position is that of the whole sheet, as if it were one slice.
@@ -184,12 +200,13 @@ def _mosaic_frames(
     Raises:
         UnusableError: the private header that counts and orders the tiles is missing.
     """
-    from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal
+    from nibabel.nicom.csareader import get_n_mosaic, get_slice_normal, read
 
-    csa = get_csa_header(header)
+    siemens = str(header.get(CSA_CREATOR, "")).startswith("SIEMENS CSA") and CSA_IMAGE_HEADER in header
+    csa = read(header[CSA_IMAGE_HEADER]) if siemens else None
     count = get_n_mosaic(csa) if csa else None
     if not count and MOSAIC_IMAGES in header:
-        count = int(number(header[MOSAIC_IMAGES].value) or 0)
+        count = int(number(header[MOSAIC_IMAGES]) or 0)
     normal = get_slice_normal(csa) if csa else None
     if not count or normal is None:
         raise UnusableError("a mosaic whose private header does not tell its tiles; export it as single images")
@@ -237,7 +254,7 @@ def volumes_of(frames: list[Frame], passed_over: list[str]) -> list[Series]:
     """The volumes of one series: told apart by kind, orientation, size, stack, echo, b-value and repetition."""
     groups: dict[tuple[Any, ...], list[Frame]] = defaultdict(list)
     for f in frames:
-        turn = tuple(np.round(np.concatenate([f.row, f.column]), 2) + 0.0)
+        turn = tuple(round(v, 2) + 0.0 for v in (*f.row.tolist(), *f.column.tolist()))
         size = (*f.size, round(f.spacing[0], 3), round(f.spacing[1], 3))
         echo, b = f.parameters.get("echo_time_ms", 0.0), f.parameters.get("b_value_s_per_mm2", 0.0)
         groups[(f.kind, turn, size, f.stack, round(echo, 1), round(b))].append(f)
@@ -311,26 +328,24 @@ def stack_frames(frames: list[Frame], variant: str) -> Series:
     scanning = codes(first.header.get("ScanningSequence"))
     sequence = sequence_of(first.parameters, scanning=scanning, contrast=bool(first.header.get("ContrastBolusAgent")), kind=first.kind)
     return Series(
-        (columns, rows, len(kept)), check_affine(affine), lambda: decode(kept), "DICOM", kind=first.kind, variant=variant,
+        (columns, rows, len(kept)), check_affine(affine), lambda out: decode(kept, out), "DICOM", kind=first.kind, variant=variant,
         sequence=sequence, parameters=first.parameters, warnings=warnings,
         source=tuple(uid(f.header.get("SOPInstanceUID")) for f in kept),
     )
 
 
-def decode(frames: list[Frame]) -> np.ndarray:
-    """(columns, rows, slices) float32 in scanner units.
+def decode(frames: list[Frame], out: np.ndarray) -> None:
+    """Fill (columns, rows, slices) in scanner units.
 
     Raises:
         UnusableError: pixels are damaged, or compressed in a way that no decoder here knows.
     """
     rows, columns = frames[0].size
     last: tuple[Path | None, Any] = (None, None)
-    for k, f in enumerate(frames):
+    for f, section in zip(frames, out.transpose(2, 1, 0), strict=True):
         with decoding("decodable pixels"):
-            if last[0] != f.path:
+            if last[0] is not f.path:
                 last = f.path, pixels_of(f)
-            if k == 0:
-                voxels = np.empty((len(frames), rows, columns), np.float32)
             pixels = last[1]
             plane = pixels if pixels.ndim == 2 else pixels[f.number]
             if f.tiles:
@@ -338,17 +353,16 @@ def decode(frames: list[Frame]) -> np.ndarray:
                 plane = pixels[y * rows : (y + 1) * rows, x * columns : (x + 1) * columns]
             if plane.shape != (rows, columns):
                 raise UnusableError(f"expected {rows} x {columns} pixels, got {' x '.join(map(str, plane.shape))}; export the series again")
-            np.multiply(plane, np.float32(f.slope), out=voxels[k], casting="unsafe")
+            np.multiply(plane, np.float32(f.slope), out=section, casting="unsafe")
             if f.intercept:
-                voxels[k] += np.float32(f.intercept)
-    return voxels.transpose(2, 1, 0)
+                section += np.float32(f.intercept)
 
 
 def pixels_of(f: Frame) -> np.ndarray:
     """All stored values of an instance: (rows, columns) or (frames, rows, columns)."""
     h = f.header
-    bits, frames = int(h.BitsAllocated), int(h.get("NumberOfFrames") or 1)
-    shape: tuple[int, ...] = (int(h.Rows), int(h.Columns))
+    bits, frames = int(h["BitsAllocated"]), int(h.get("NumberOfFrames") or 1)
+    shape: tuple[int, ...] = (int(h["Rows"]), int(h["Columns"]))
     shape = (frames, *shape) if frames > 1 else shape
     check_shape(shape)
     if np.prod(shape) > MAX_PIXELS_PER_BYTE * f.path.stat().st_size:
@@ -356,7 +370,7 @@ def pixels_of(f: Frame) -> np.ndarray:
     if f.offset and bits in (8, 16, 32):
         with f.path.open("rb") as file:
             file.seek(f.offset)
-            start = 8 if NATIVE[str(h.file_meta.TransferSyntaxUID)] else 12
+            start = 8 if NATIVE[h["TransferSyntaxUID"]] else 12
             if file.read(start)[:4] == b"\xe0\x7f\x10\x00":
                 kind = np.dtype(f"<{'i' if int(h.get('PixelRepresentation') or 0) else 'u'}{bits // 8}")
                 data = file.read(int(np.prod(shape)) * kind.itemsize)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 PARAMETERS = {
@@ -29,7 +30,7 @@ PRIVATE_B_VALUES = (0x0019100C, 0x00431039)
 CSA_CREATOR, CSA_IMAGE_HEADER, MOSAIC_IMAGES = 0x00290010, 0x00291010, 0x0019100A
 """Where Siemens tells how a mosaic is tiled; only its numbers are used."""
 TAGS: list[Any] = [
-    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID",
+    "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID",
     "FrameOfReferenceUID", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "InstanceNumber", "AcquisitionNumber",
@@ -68,6 +69,41 @@ MAPS = (
 MODALITIES = {"CT", "PT", "US", "CR", "DX", "MG", "NM", "XA", "RF", "OT", "SR", "PR", "KO", "SEG", "DOC", "RTSTRUCT", "SC", "REG"}
 
 
+@lru_cache
+def tags() -> dict[int, Any]:
+    """Tag -> what it is called in a header here: its keyword, or the tag itself where it is private."""
+    from pydicom.tag import Tag
+
+    return {Tag(name): name for name in TAGS}
+
+
+def header_of(dataset: Any) -> dict[Any, Any]:
+    """The whitelisted elements of a pydicom data set by keyword (private ones by tag). One that cannot be converted is left out."""
+    from pydicom.dataelem import RawDataElement
+
+    found, names = {}, tags()
+    for element in dataset.values():
+        tag = element.tag
+        if (name := names.get(tag)) is None:
+            continue
+        raw = isinstance(element, RawDataElement) and isinstance(element.value, bytes) and len(element.value) <= 256
+        try:
+            found[name] = _converted(tag, element.VR, element.value, *element[5:7]) if raw else dataset[tag].value
+        except MemoryError:
+            raise
+        except Exception:  # pydicom raises many kinds on hostile bytes
+            continue
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _converted(tag: Any, kind: str | None, value: bytes, implicit: bool, little: bool) -> Any:
+    """An element's value. Most are the same bytes in every file of a series, and are converted once."""
+    from pydicom.dataelem import RawDataElement, convert_raw_data_element
+
+    return convert_raw_data_element(RawDataElement(tag, kind, len(value), value, 0, implicit, little)).value
+
+
 def number(value: Any, *, high: float = 1e6) -> float | None:
     """A finite number from 0 to `high`, or None."""
     try:
@@ -91,7 +127,7 @@ def uid(value: Any) -> str:
     return text if re.fullmatch(r"[0-9.]{1,64}", text) else ""
 
 
-def class_of(header: Any) -> str:
+def class_of(header: Mapping[Any, Any]) -> str:
     """`MR image`, or in words what else the instance is."""
     storage, modality = uid(header.get("SOPClassUID")), str(header.get("Modality", ""))
     for prefix, words in OTHER_CLASSES:
@@ -109,13 +145,13 @@ def kind_of(image_type: list[str]) -> str:
     return found or ("derived image" if "DERIVED" in values and "SECONDARY" in values and "OTHER" in values else "image")
 
 
-def parameters_of(header: Any) -> dict[str, float]:
+def parameters_of(header: Mapping[Any, Any]) -> dict[str, float]:
     """The whitelisted numbers of a classic header."""
     found = {k: number(header.get(f)) for k, f in PARAMETERS.items()}
     if found["b_value_s_per_mm2"] is None:
         for tag in PRIVATE_B_VALUES:
             if tag in header:
-                b = number(_private(header[tag].value), high=2e9)
+                b = number(_private(header[tag]), high=2e9)
                 if b is not None:
                     found["b_value_s_per_mm2"] = b % 1e6 if b >= 1e9 else b
                     break

@@ -66,7 +66,7 @@ def read_with_itk(path: Path, file_format: str) -> list[Series]:
     affine = check_affine(affine)
     whole: list[np.ndarray] = []
 
-    def decode(volume: int) -> np.ndarray:
+    def decode(volume: int, out: np.ndarray) -> None:
         if not whole:
             try:
                 array = sitk.GetArrayFromImage(reader.Execute())
@@ -75,7 +75,7 @@ def read_with_itk(path: Path, file_format: str) -> list[Series]:
                                "copy it again") from None
             array = np.moveaxis(array, -1, 0) if parts > 1 else array
             whole.append(array.reshape(volumes, *reversed(space)))
-        return whole[0][volume].transpose(2, 1, 0).astype(np.float32)
+        out[...] = whole[0][volume].transpose(2, 1, 0)
 
     found = []
     for v in range(volumes):
@@ -102,9 +102,9 @@ def read_picture(path: Path, file_format: str) -> list[Series]:
         raise UnusableError(f"expected a {file_format} picture, got a file that cannot be read ({type(error).__name__})") from None
     check_shape((columns, rows, 1))
 
-    def decode() -> np.ndarray:
+    def decode(out: np.ndarray) -> None:
         try:
-            return np.asarray(picture.convert("F"), dtype=np.float32).T[:, ::-1, None]
+            out[...] = np.asarray(picture.convert("F"), dtype=np.float32).T[:, ::-1, None]
         except (OSError, SyntaxError, ValueError, MemoryError) as error:
             raise UnusableError(f"expected a whole picture, got a truncated or damaged one ({type(error).__name__})") from None
 

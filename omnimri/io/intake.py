@@ -123,7 +123,7 @@ def _read_files(files: list[Path], room: Path, whole: bool) -> Contents:
     found = read_dicom(instances) if instances else Contents()
     passed: Counter[str] = Counter()
     taken = {p for h, v in PAIRS.items() for p in _partners(files, h, v)}
-    for k, path in enumerate(p for p in files if p not in instances):
+    for k, path in enumerate(p for p in files if kinds[p] != "DICOM"):
         kind = kinds[path]
         try:
             if kind == "HDF5":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import tempfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from isal import igzip
 
 from .series import Series, UnusableError, check_affine, check_shape
 
@@ -20,9 +19,6 @@ MAX_HEADER_BYTES = 16 * 2**20
 """Voxels that begin later than this in a NIfTI file follow no header."""
 MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """By the spatial code of a NIfTI header's `xyzt_units`; 0 is unknown."""
-UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError, KeyError, TypeError, AttributeError,
-              IndexError, AssertionError, ZeroDivisionError, RecursionError, RuntimeError, SyntaxError)
-"""What decoders raise on damaged bytes."""
 
 
 def read_with_nibabel(path: Path, file_format: str) -> list[Series]:
@@ -36,10 +32,10 @@ def read_with_nibabel(path: Path, file_format: str) -> list[Series]:
         UnusableError: header unreadable, not 3-D or 4-D, too large, or without a usable affine.
     """
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.parrec import PARRECError
-    from nibabel.spatialimages import HeaderDataError
+    from nibabel.openers import ImageOpener
 
+    # Twice as fast as zlib; read only: it cannot leave the time of writing out.
+    ImageOpener.compress_ext_map[".gz"] = ImageOpener.compress_ext_map[".mgz"] = igzip.open, ("mode", "compresslevel")
     if file_format in ("NIfTI", "Analyze"):
         _check_start(path)
     try:
@@ -51,7 +47,7 @@ def read_with_nibabel(path: Path, file_format: str) -> list[Series]:
         oriented = _oriented(image, file_format)
         if file_format == "NIfTI":
             affine[:3] *= MILLIMETRES[int(image.header["xyzt_units"]) & 3]
-    except (*UNREADABLE, ImageFileError, HeaderDataError, PARRECError) as error:
+    except Exception as error:  # decoders raise many kinds on damaged bytes
         raise UnusableError(f"expected a {file_format} image, got a file whose header cannot be read "
                        f"({type(error).__name__}); export it again") from None
     while len(shape) > 3 and shape[-1] == 1:
@@ -77,11 +73,11 @@ def read_with_nibabel(path: Path, file_format: str) -> list[Series]:
 
 def _check_start(path: Path) -> None:
     """Refuse a header that lies about its size before nibabel allocates by it."""
-    opened: Any = gzip.open if path.name.endswith(".gz") else open
+    opened: Any = igzip.open if path.name.endswith(".gz") else open
     try:
         with opened(path, "rb") as f:
             start = f.read(540)
-    except UNREADABLE as error:
+    except Exception as error:
         raise UnusableError(f"expected a NIfTI image, got a damaged file ({type(error).__name__}); copy it again") from None
     if len(start) < 348:
         raise UnusableError("expected a NIfTI image, got a truncated header; copy it again")
@@ -105,21 +101,19 @@ def _oriented(image: Any, file_format: str) -> bool:
 def _decoder(image: Any, shape: tuple[int, ...], volume: int) -> Any:
     """A function that decodes one volume of an image."""
 
-    def decode() -> np.ndarray:
+    def decode(out: np.ndarray) -> None:
         proxy = image.dataobj
         try:
-            if len(shape) == 3:
-                # Scaling in float32 halves the time of large integer files.
-                plain = hasattr(proxy, "get_unscaled") and np.ndim(proxy.slope) == 0 and np.ndim(proxy.inter) == 0
-                if not plain:
-                    return np.asarray(proxy, dtype=np.float32).reshape(shape)
-                voxels = proxy.get_unscaled().astype(np.float32).reshape(shape)
-                if (proxy.slope, proxy.inter) != (1, 0):
-                    voxels *= np.float32(proxy.slope)
-                    voxels += np.float32(proxy.inter)
-                return voxels
-            return np.asarray(proxy[..., volume], dtype=np.float32).reshape(shape[:3])
-        except UNREADABLE as error:
+            # Scaling in float32 halves the time of large integer files.
+            plain = len(shape) == 3 and hasattr(proxy, "get_unscaled") and np.ndim(proxy.slope) == 0 and np.ndim(proxy.inter) == 0
+            if not plain:
+                out[...] = np.asarray(proxy if len(shape) == 3 else proxy[..., volume], dtype=np.float32).reshape(shape[:3])
+                return
+            np.copyto(out, proxy.get_unscaled().reshape(shape), casting="unsafe")
+            if (proxy.slope, proxy.inter) != (1, 0):
+                out *= np.float32(proxy.slope)
+                out += np.float32(proxy.inter)
+        except Exception as error:
             raise UnusableError(f"expected {int(np.prod(shape[:3]))} voxels, got a truncated or damaged file "
                            f"({type(error).__name__}); copy it again") from None
 

@@ -1,7 +1,8 @@
 """The decoding child, seen from its parent: files are decoded in a spawned process with limits, and arrays come back mapped.
 
 A child reads one path and ends. It has no torch, no network of its own to ask, and a folder of its own that is removed
-whatever happens. One may be started ahead (`warm`), so that its imports are paid before it is needed.
+whatever happens. Its arrays lie in memory that both share (where the system has no such memory, in a file of that folder).
+One may be started ahead (`warm`), so that its imports are paid before it is needed.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ class Child:
 
     def __init__(self) -> None:
         self.room = Path(tempfile.mkdtemp(prefix="omnimri-in-"))
+        shared = os.memfd_create("arrays") if hasattr(os, "memfd_create") else os.open(self.room / "arrays", os.O_RDWR | os.O_CREAT)
+        self.arrays = os.fdopen(shared, "r+b")
         package = str(Path(__file__).parents[2])
         kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
         environment = {**kept, **one_thread, "PYTHONPATH": package, "TMPDIR": str(self.room), "PYTHONDONTWRITEBYTECODE": "1"}
         # -P: nothing from the folder it runs in. Its messages may hold header text: they go nowhere.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "omnimri.io.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=self.room, env=environment, close_fds=True, start_new_session=True,
+            [sys.executable, "-P", "-m", "omnimri.io.child", str(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, cwd=self.room, env=environment, pass_fds=(shared,), start_new_session=True,
         )
 
     def ask(self, request: dict[str, Any], time_s: float) -> dict[str, Any]:
@@ -75,9 +78,9 @@ class Child:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        for file in (self.process.stdin, self.process.stdout, self.arrays):
+            if file is not None:
+                file.close()
         shutil.rmtree(self.room, ignore_errors=True)
 
 

@@ -44,8 +44,8 @@ class Series:
     """Voxels along the three axes."""
     affine: np.ndarray
     """(4, 4) float64, voxel index -> RAS+ mm."""
-    decode: Callable[[], np.ndarray]
-    """Gives (X, Y, Z) float32 in scanner units."""
+    decode: Callable[[np.ndarray], None]
+    """Fills an (X, Y, Z) float32 array, the first axis fastest in memory, in scanner units."""
     format: str
     """Such as `NIfTI`, `DICOM`."""
     kind: str = "image"
@@ -122,7 +122,7 @@ def check_voxels(voxels: np.ndarray) -> tuple[np.ndarray, list[str]]:
         UnusableError: no finite value, or no contrast.
     """
     warnings = []
-    voxels = np.asarray(voxels, dtype=np.float32)
+    voxels = voxels if voxels.dtype == np.float32 else voxels.astype(np.float32)
     low, high = voxels.min(), voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         good = np.isfinite(voxels)
