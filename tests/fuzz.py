@@ -101,7 +101,7 @@ def main() -> None:
         except MemoryError:
             pass
 
-    child.limit()
+    child.limit(cpu_s=args.seconds + 3600)
     atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={args.seconds}", "-timeout=20", "-rss_limit_mb=6000", "-max_len=65536",
                    f"-artifact_prefix={CORPUS}/{args.kind}-"], one)
     atheris.Fuzz()

@@ -15,12 +15,12 @@ CPU_S = 170
 OUTPUT_BYTES = 5 * 2**30
 
 
-def limit() -> None:
+def limit(cpu_s: int = CPU_S) -> None:
     """Bound memory, processor time, file size and core dumps, where the system can."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        for kind, value in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_FSIZE, OUTPUT_BYTES),
+        for kind, value in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_FSIZE, OUTPUT_BYTES),
                             (resource.RLIMIT_CORE, 0)):
             _, hard = resource.getrlimit(kind)
             resource.setrlimit(kind, (value, value) if hard < 0 or hard >= value else (hard, hard))

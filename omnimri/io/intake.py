@@ -324,5 +324,5 @@ def _unpack(path: Path, room: Path) -> Iterator[Path]:
                     yield target
     except UnusableError:
         raise
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, IndexError) as error:
         raise UnusableError(f"expected a zip archive, got one that cannot be read ({type(error).__name__})") from None
