@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -38,14 +39,14 @@ class Term(NamedTuple):
     weight: float = 1.0
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A model, its loss, and what only training needs (a teacher, a temperature)."""
 
     model: OmniMRI
 
+    @abstractmethod
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Loss terms of one batch."""
-        raise NotImplementedError
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step, for instance to move an EMA teacher."""

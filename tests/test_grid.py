@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omnimri.anatomy import STRUCTURES
 from omnimri.grid import Grid, closest_axes, plane_of
 from omnimri.tasks import Segment
-from omnimri.volume import Volume
+from omnimri.volume import Volume, quantiles
 
 
 def ball(affine: torch.Tensor, shape: tuple[int, int, int], centre_mm: torch.Tensor, radius_mm: float) -> torch.Tensor:
@@ -184,3 +184,10 @@ def test_single_slice_and_constant():
     assert grid.to_grid(single.voxels[0]).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="contrast"):
         Grid.fit(Volume(torch.ones(1, 9, 9, 9), affine), size=64)
+
+
+@given(st.integers(1, 3000), st.lists(st.floats(0, 1), min_size=1, max_size=4), st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_quantiles_are_those_of_torch_to_the_last_bit(count, shares, seed):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(100).round()
+    assert quantiles(values, shares) == torch.quantile(values, torch.tensor(shares)).tolist()

@@ -18,6 +18,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import (
@@ -144,7 +145,6 @@ def test_cut_and_flipped_at_every_percent(scan, tmp_path, kind):
         for data in (whole[:at], bytes(flipped)):
             path.write_bytes(data)
             seen[decode(path)] += 1
-    assert not seen["other"], seen
     assert seen["refused"] >= 50, seen
 
 
@@ -164,12 +164,10 @@ def sentence_of(path):
 
 
 def decode(path):
-    """`read`, `refused` with a sentence, or `other`: an error that only the child's last net turns into a sentence."""
-    try:
-        said = sentence_of(path)
-    except Exception:
-        return "other"
-    return "read" if said == "read" else "refused" if said.startswith("expected") else "other"
+    """`read`, or `refused` with a sentence; an error that only the child's last net turns into a sentence is raised."""
+    said = sentence_of(path)
+    assert said == "read" or said.startswith("expected"), said
+    return "read" if said == "read" else "refused"
 
 
 @pytest.mark.parametrize("kind", SUFFIX)
@@ -259,6 +257,12 @@ def test_a_child_that_takes_too_long_or_dies_is_one_sentence(scan_file, rooms):
     assert not rooms()
     sandbox.warm()
     assert open_study(scan_file).volumes
+    assert not rooms()
+
+
+def test_where_no_memory_can_be_shared_a_file_of_the_room_is(scan, scan_file, rooms, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    assert torch.allclose(open_study(scan_file).primary.voxels, scan.voxels)
     assert not rooms()
 
 

@@ -1,4 +1,4 @@
-"""python -m omnimri.io.child FD: decode one path under limits, answer with JSON, arrays into open file FD. Never imports torch."""
+"""python -m omnimri.io.child [FD]: decode one path under limits, answer with JSON, arrays into open file FD. Never imports torch."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def main() -> None:
     if not line:
         return
     try:
-        with os.fdopen(int(sys.argv[1]), "r+b") as arrays:
+        with open(int(sys.argv[1]) if len(sys.argv) > 1 else "arrays", "r+b") as arrays:
             said = answer(json.loads(line), arrays)
     except UnusableError as error:
         said = {"error": str(error)}

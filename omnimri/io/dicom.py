@@ -380,7 +380,7 @@ def pixels_of(f: Frame) -> np.ndarray:
     whole = pydicom.dcmread(f.path, force=True)
     try:
         return whole.pixel_array
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError):
+    except RuntimeError:  # no decoder of its own for this syntax, or one that gave up
         return _with_gdcm(f.path)
 
 

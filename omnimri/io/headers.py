@@ -78,7 +78,7 @@ def tags() -> dict[int, Any]:
 
 
 def header_of(dataset: Any) -> dict[Any, Any]:
-    """The whitelisted elements of a pydicom data set by keyword (private ones by tag). One that cannot be converted is left out."""
+    """The whitelisted elements of a pydicom data set by keyword, private ones by tag; whatever pydicom raises on damaged ones."""
     from pydicom.dataelem import RawDataElement
 
     found, names = {}, tags()
@@ -87,12 +87,7 @@ def header_of(dataset: Any) -> dict[Any, Any]:
         if (name := names.get(tag)) is None:
             continue
         raw = isinstance(element, RawDataElement) and isinstance(element.value, bytes) and len(element.value) <= 256
-        try:
-            found[name] = _converted(tag, element.VR, element.value, *element[5:7]) if raw else dataset[tag].value
-        except MemoryError:
-            raise
-        except Exception:  # pydicom raises many kinds on hostile bytes
-            continue
+        found[name] = _converted(tag, element.VR, element.value, *element[5:7]) if raw else dataset[tag].value
     return found
 
 

@@ -322,7 +322,7 @@ def _unpack(path: Path, room: Path) -> Iterator[Path]:
                         left -= len(data)
                 if entry.file_size:
                     yield target
-    except UnusableError:
+    except (UnusableError, MemoryError):
         raise
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # zipfile raises many kinds on damaged bytes
         raise UnusableError(f"expected a zip archive, got one that cannot be read ({type(error).__name__})") from None

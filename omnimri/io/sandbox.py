@@ -29,16 +29,16 @@ class Child:
 
     def __init__(self) -> None:
         self.room = Path(tempfile.mkdtemp(prefix="omnimri-in-"))
-        shared = os.memfd_create("arrays") if hasattr(os, "memfd_create") else os.open(self.room / "arrays", os.O_RDWR | os.O_CREAT)
-        self.arrays = os.fdopen(shared, "r+b")
+        shared = (os.memfd_create("arrays"),) if hasattr(os, "memfd_create") else ()
+        self.arrays = os.fdopen(shared[0], "r+b") if shared else (self.room / "arrays").open("w+b")
         package = str(Path(__file__).parents[2])
         kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
         environment = {**kept, **one_thread, "PYTHONPATH": package, "TMPDIR": str(self.room), "PYTHONDONTWRITEBYTECODE": "1"}
         # -P: nothing from the folder it runs in. Its messages may hold header text: they go nowhere.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "omnimri.io.child", str(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=self.room, env=environment, pass_fds=(shared,), start_new_session=True,
+            [sys.executable, "-P", "-m", "omnimri.io.child", *map(str, shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, cwd=self.room, env=environment, pass_fds=shared, start_new_session=True,
         )
 
     def ask(self, request: dict[str, Any], time_s: float) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def check_voxels(voxels: np.ndarray) -> tuple[np.ndarray, list[str]]:
         UnusableError: no finite value, or no contrast.
     """
     warnings = []
-    voxels = voxels if voxels.dtype == np.float32 else voxels.astype(np.float32)
+    voxels = np.asarray(voxels, dtype=np.float32)
     low, high = voxels.min(), voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         good = np.isfinite(voxels)
