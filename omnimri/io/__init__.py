@@ -47,9 +47,11 @@ def _study(told: dict[str, Any], arrays: BinaryIO) -> Study:
 
     from ..grid import plane_of
     from ..volume import KSpace, SeriesNote, Study, Volume
+    from .series import NARROW
 
-    def mapped(place: dict[str, Any], kind: Any = np.float32) -> Any:
-        array = np.memmap(arrays, kind, "c", offset=place["offset"], shape=tuple(place["shape"]), order=place["order"])
+    def mapped(place: dict[str, Any]) -> Any:
+        kind = {*NARROW, "float32", "complex64", "bool"} & {place["type"]}
+        array = np.memmap(arrays, kind.pop(), "c", offset=place["offset"], shape=tuple(place["shape"]), order=place["order"])
         return torch.from_numpy(array)
 
     volumes, notes, warnings = [], [], []
@@ -57,7 +59,7 @@ def _study(told: dict[str, Any], arrays: BinaryIO) -> Study:
     for row in told["series"]:
         name = f"series {row['name']}"
         if row["voxels"] is not None:
-            volumes.append(_volume(row, mapped(row["voxels"]), name))
+            volumes.append(_volume(row, mapped(row["voxels"]).float(), name))
             warnings += [f"{name}: {w}" if several else w for w in row["warnings"]]
         place = Volume(torch.zeros(1).expand(1, *row["shape"]), torch.tensor(row["affine"], dtype=torch.float64))
         notes.append(SeriesNote(name, row["format"], row["kind"], row["variant"], row["sequence"], plane_of(place)[1], place.shape,
@@ -73,7 +75,7 @@ def _study(told: dict[str, Any], arrays: BinaryIO) -> Study:
     kspace = None
     if told["kspace"] is not None:
         warnings += told["kspace"]["warnings"]
-        data, mask = mapped(told["kspace"]["data"], np.complex64), mapped(told["kspace"]["mask"], np.bool_)
+        data, mask = mapped(told["kspace"]["data"]), mapped(told["kspace"]["mask"])
         kspace = KSpace(data, mask, torch.tensor(told["kspace"]["affine"], dtype=torch.float64))
     return Study(volumes=tuple(volumes), kspace=kspace, warnings=tuple(warnings), series=tuple(notes))
 
@@ -103,5 +105,5 @@ def study_of(voxels: np.ndarray, affine: np.ndarray, *, oriented: bool = True) -
 
     checked, warnings = check_voxels(voxels)
     place = torch.from_numpy(check_affine(affine).copy())
-    volume = Volume(torch.from_numpy(np.ascontiguousarray(checked))[None], place, oriented=oriented, name="series 1")
+    volume = Volume(torch.from_numpy(np.ascontiguousarray(checked)).float()[None], place, oriented=oriented, name="series 1")
     return Study(volumes=(volume,), warnings=tuple(warnings))

@@ -31,7 +31,7 @@ def answer(request: dict[str, Any], arrays: BinaryIO) -> dict[str, Any]:
 
     Args:
         request: `path`; `series`, names to decode (None: whatever is a plain image of the first patient).
-        arrays: The file that arrays lie in, one after the other; the answer tells where each begins, its shape and order.
+        arrays: The file that arrays lie in, one after the other; the answer tells where each begins, its shape, order and type.
     """
     import numpy as np
 
@@ -44,7 +44,7 @@ def answer(request: dict[str, Any], arrays: BinaryIO) -> dict[str, Any]:
         order = "F" if array.flags.f_contiguous else "C"
         start = arrays.seek(-(-arrays.tell() // 64) * 64)
         arrays.write(np.ascontiguousarray(array.T if order == "F" else array).data.cast("B"))
-        return {"offset": start, "shape": array.shape, "order": order}
+        return {"offset": start, "shape": array.shape, "order": order, "type": array.dtype.name}
 
     room = Path.cwd() / "unpacked"
     room.mkdir()
@@ -65,10 +65,8 @@ def answer(request: dict[str, Any], arrays: BinaryIO) -> dict[str, Any]:
         if series in wanted:
             try:
                 with decoding(f"a readable {series.format} series"):
-                    voxels = np.empty(series.shape, np.float32, order="F")
-                    series.decode(voxels)
-                    checked, more = check_voxels(voxels)
-                row |= {"voxels": put(checked), "warnings": [*series.warnings, *more]}
+                    voxels, more = check_voxels(series.decode().reshape(series.shape, order="F"))
+                row |= {"voxels": put(voxels), "warnings": [*series.warnings, *more]}
             except UnusableError as error:
                 row["why"] = f"not used: {error}"
                 if len(found.series) == 1:
@@ -97,6 +95,8 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)
     limit()
+    out.write(b"\n")  # ready
+    out.flush()
     line = sys.stdin.buffer.readline()
     if not line:
         return

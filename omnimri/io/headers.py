@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -77,26 +77,27 @@ def tags() -> dict[int, Any]:
     return {Tag(name): name for name in TAGS}
 
 
-def header_of(dataset: Any) -> dict[Any, Any]:
-    """The whitelisted elements of a pydicom data set by keyword, private ones by tag; whatever pydicom raises on damaged ones."""
+def header_of(elements: Iterable[Any]) -> dict[Any, Any]:
+    """The whitelisted ones of pydicom's elements, by keyword or private tag; whatever pydicom raises on damaged ones."""
     from pydicom.dataelem import RawDataElement
 
     found, names = {}, tags()
-    for element in dataset.values():
-        tag = element.tag
-        if (name := names.get(tag)) is None:
+    for element in elements:
+        if (name := names.get(element.tag)) is None:
             continue
-        raw = isinstance(element, RawDataElement) and isinstance(element.value, bytes) and len(element.value) <= 256
-        found[name] = _converted(tag, element.VR, element.value, *element[5:7]) if raw else dataset[tag].value
+        value = element.value
+        if isinstance(element, RawDataElement):
+            value = (_converted if len(value or b"") <= 256 else _converted.__wrapped__)(element.tag, element.VR, value, *element[5:7])
+        found[name] = value
     return found
 
 
 @lru_cache(maxsize=4096)
-def _converted(tag: Any, kind: str | None, value: bytes, implicit: bool, little: bool) -> Any:
+def _converted(tag: Any, kind: str | None, value: bytes | None, implicit: bool, little: bool) -> Any:
     """An element's value. Most are the same bytes in every file of a series, and are converted once."""
     from pydicom.dataelem import RawDataElement, convert_raw_data_element
 
-    return convert_raw_data_element(RawDataElement(tag, kind, len(value), value, 0, implicit, little)).value
+    return convert_raw_data_element(RawDataElement(tag, kind, len(value or b""), value, 0, implicit, little)).value
 
 
 def number(value: Any, *, high: float = 1e6) -> float | None:

@@ -64,18 +64,19 @@ def read_with_itk(path: Path, file_format: str) -> list[Series]:
     affine[:k, 3] = origin[:k]
     affine[:2] *= -1  # ITK's LPS+ to RAS+
     affine = check_affine(affine)
-    whole: list[np.ndarray] = []
 
-    def decode(volume: int, out: np.ndarray) -> None:
-        if not whole:
-            try:
-                array = sitk.GetArrayFromImage(reader.Execute())
-            except (RuntimeError, MemoryError) as error:
-                raise UnusableError(f"expected {int(np.prod(space))} voxels, got a truncated or damaged file ({type(error).__name__}); "
-                               "copy it again") from None
-            array = np.moveaxis(array, -1, 0) if parts > 1 else array
-            whole.append(array.reshape(volumes, *reversed(space)))
-        out[...] = whole[0][volume].transpose(2, 1, 0)
+    @functools.cache
+    def whole() -> np.ndarray:
+        try:
+            array = sitk.GetArrayFromImage(reader.Execute())
+        except (RuntimeError, MemoryError) as error:
+            raise UnusableError(f"expected {int(np.prod(space))} voxels, got a truncated or damaged file ({type(error).__name__}); "
+                           "copy it again") from None
+        array = np.moveaxis(array, -1, 0) if parts > 1 else array
+        return array.reshape(volumes, *reversed(space))
+
+    def decode(volume: int) -> np.ndarray:
+        return whole()[volume].transpose(2, 1, 0)
 
     found = []
     for v in range(volumes):
@@ -102,9 +103,9 @@ def read_picture(path: Path, file_format: str) -> list[Series]:
         raise UnusableError(f"expected a {file_format} picture, got a file that cannot be read ({type(error).__name__})") from None
     check_shape((columns, rows, 1))
 
-    def decode(out: np.ndarray) -> None:
+    def decode() -> np.ndarray:
         try:
-            out[...] = np.asarray(picture.convert("F"), dtype=np.float32).T[:, ::-1, None]
+            return np.asarray(picture.convert("F"), dtype=np.float32).T[:, ::-1, None]
         except (OSError, SyntaxError, ValueError, MemoryError) as error:
             raise UnusableError(f"expected a whole picture, got a truncated or damaged one ({type(error).__name__})") from None
 

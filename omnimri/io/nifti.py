@@ -101,18 +101,20 @@ def _oriented(image: Any, file_format: str) -> bool:
 def _decoder(image: Any, shape: tuple[int, ...], volume: int) -> Any:
     """A function that decodes one volume of an image."""
 
-    def decode(out: np.ndarray) -> None:
+    def decode() -> np.ndarray:
         proxy = image.dataobj
         try:
             # Scaling in float32 halves the time of large integer files.
             plain = len(shape) == 3 and hasattr(proxy, "get_unscaled") and np.ndim(proxy.slope) == 0 and np.ndim(proxy.inter) == 0
             if not plain:
-                out[...] = np.asarray(proxy if len(shape) == 3 else proxy[..., volume], dtype=np.float32).reshape(shape[:3])
-                return
-            np.copyto(out, proxy.get_unscaled().reshape(shape), casting="unsafe")
-            if (proxy.slope, proxy.inter) != (1, 0):
-                out *= np.float32(proxy.slope)
-                out += np.float32(proxy.inter)
+                return np.asarray(proxy if len(shape) == 3 else proxy[..., volume], dtype=np.float32).reshape(shape[:3])
+            stored = proxy.get_unscaled().reshape(shape)
+            if (proxy.slope, proxy.inter) == (1, 0):
+                return stored
+            scaled = stored.astype(np.float32)
+            scaled *= np.float32(proxy.slope)
+            scaled += np.float32(proxy.inter)
+            return scaled
         except Exception as error:
             raise UnusableError(f"expected {int(np.prod(shape[:3]))} voxels, got a truncated or damaged file "
                            f"({type(error).__name__}); copy it again") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -88,11 +89,18 @@ _lock = threading.Lock()
 _idle: list[Child] = []
 
 
-def warm() -> None:
-    """Start a child ahead, unless one waits already."""
+def warm(*, wait: bool = False) -> None:
+    """Start a child ahead, unless one waits already.
+
+    Args:
+        wait: Until it has paid for its imports.
+    """
     with _lock:
         if not _idle:
             _idle.append(Child())
+        if wait:
+            assert _idle[0].process.stdout is not None
+            select.select([_idle[0].process.stdout], [], [])  # it says a line when it is ready
 
 
 def take() -> Child:

@@ -11,6 +11,8 @@ import numpy as np
 
 MAX_VOXELS = 512 * 512 * 1024
 """A series whose header claims more is refused before anything is decoded."""
+NARROW = ("int8", "uint8", "int16", "uint16")
+"""Types that go to the parent as they are: half the bytes of float32, which holds them exactly."""
 MAX_FILES = 20_000
 """Most files of a folder or archive."""
 MAX_FILE_BYTES = 2 * 2**30
@@ -44,8 +46,8 @@ class Series:
     """Voxels along the three axes."""
     affine: np.ndarray
     """(4, 4) float64, voxel index -> RAS+ mm."""
-    decode: Callable[[np.ndarray], None]
-    """Fills an (X, Y, Z) float32 array, the first axis fastest in memory, in scanner units."""
+    decode: Callable[[], np.ndarray]
+    """Gives (X, Y, Z) values of any real type in scanner units."""
     format: str
     """Such as `NIfTI`, `DICOM`."""
     kind: str = "image"
@@ -116,13 +118,14 @@ def check_affine(affine: np.ndarray) -> np.ndarray:
 
 
 def check_voxels(voxels: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """float32 voxels with values that are not finite replaced, and warnings.
+    """Voxels as float32, or as stored where that is `NARROW`; values that are not finite replaced; and warnings.
 
     Raises:
         UnusableError: no finite value, or no contrast.
     """
     warnings = []
-    voxels = np.asarray(voxels, dtype=np.float32)
+    narrow = voxels.dtype.name in NARROW
+    voxels = voxels.astype(voxels.dtype.newbyteorder("=") if narrow else np.float32, copy=False)
     low, high = voxels.min(), voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         good = np.isfinite(voxels)
