@@ -9,22 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from omnimri.anatomy import NAMES, SEQUENCE_WORDS, STRUCTURES
+from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS, STRUCTURES, groups_of, join
 from omnimri.conversation import COUNT_WORDS, Message
 from omnimri.example import Record, normalise
-from omnimri.measure import signal_words
+from omnimri.measure import signal_sentence, signal_words
 
 from .recipe import pick, uniform
 
-GROUPS = {
-    "cerebral hemispheres": "cerebral white matter",
-    "lateral ventricles": "lateral ventricle",
-    "thalami": "thalamus",
-    "basal ganglia": "putamen",
-    "hippocampi": "hippocampus",
-    "cerebellum": "cerebellum cortex",
-    "brain-stem": "brain-stem",
-}
 LEAST_PIXELS = 25
 """A structure with fewer pixels in the study is not called visible."""
 
@@ -45,7 +36,7 @@ class Facts:
     @property
     def groups(self) -> list[str]:
         """Names of the visible groups of structures."""
-        return [g for g, part in GROUPS.items() if any(part in name for name in self.visible)]
+        return groups_of(self.visible)
 
 
 def facts_of(record: Record) -> Facts:
@@ -57,11 +48,6 @@ def facts_of(record: Record) -> Facts:
     signal = dict(s.split(": ") for s in record.signal)
     assert record.sequence is not None
     return Facts(record.plane, record.sequence, visible, record.lesion_places or (), signal)
-
-
-def join(words: list[str]) -> str:
-    """`a, b and c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def article(word: str) -> str:
@@ -90,8 +76,7 @@ def level2(g: torch.Generator, f: Facts) -> str:
 
 def level3(g: torch.Generator, f: Facts) -> str:
     """Tissue signal against white matter."""
-    said = [f"{k} is {v} {'to' if v == 'similar' else 'than'} white matter" for k, v in f.signal.items() if k != "lesion"]
-    return f"{join(said).capitalize()}." if said else ""
+    return signal_sentence(f.signal)
 
 
 def finding(g: torch.Generator, f: Facts, place: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 LESION = "lesion"
@@ -57,6 +58,17 @@ CLASS_OF_NAME = {s.name: k + 1 for k, s in enumerate(STRUCTURES)}
 MIRROR = {s.name: s.name.replace("left", "\0").replace("right", "left").replace("\0", "right") for s in STRUCTURES}
 """The name each structure takes when the head is mirrored."""
 
+GROUPS = {
+    "cerebral hemispheres": "cerebral white matter",
+    "lateral ventricles": "lateral ventricle",
+    "thalami": "thalamus",
+    "basal ganglia": "putamen",
+    "hippocampi": "hippocampus",
+    "cerebellum": "cerebellum cortex",
+    "brain-stem": "brain-stem",
+}
+"""What reports call visible anatomy, and the structure that shows it."""
+
 SEQUENCES = ("T1w", "T1w-Gd", "T2w", "PDw", "FLAIR", "other")
 SEQUENCE_WORDS = {
     "T1w": "T1-weighted",
@@ -67,6 +79,16 @@ SEQUENCE_WORDS = {
     "other": "unclassified",
 }
 PLANES = ("axial", "coronal", "sagittal")
+
+
+def join(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def groups_of(visible: Collection[str]) -> list[str]:
+    """The `GROUPS` that some structures show."""
+    return [group for group, part in GROUPS.items() if any(part in name for name in visible)]
 
 
 def resolve_names(request: str) -> tuple[str, ...]:

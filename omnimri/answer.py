@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from .anatomy import LESION, NAMES
+from .anatomy import GROUPS, LESION, NAMES, groups_of, join
 from .examination import Examination, Lesion
-from .measure import size_word
+from .measure import signal_sentence, size_word
 
 NOTICE = "Research use only. Not a medical device."
 _PARAMETERS = {
@@ -208,6 +208,37 @@ def ground_sequence(raw: str) -> tuple[str, tuple[str, ...]]:
     if len(kept) == len(parts):
         return raw, ()
     return task + " ".join([UNKNOWN_SEQUENCE, *kept]), ("a sequence was named that this checkpoint cannot tell; the sentence was removed",)
+
+
+_GROUP = "|".join(map(re.escape, GROUPS))
+_GROUP_LIST = re.compile(rf"(?:{_GROUP})(?:(?:, | and )(?:{_GROUP}))*", re.IGNORECASE)
+_SIGNAL = re.compile(
+    r"(cerebrospinal fluid|grey matter) is ((?:much )?(?:brighter|darker)|similar) (?:than|to) white matter", re.IGNORECASE)
+
+
+def ground_anatomy(raw: str, visible: Collection[str], signal: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Hold what a text says of normal anatomy against the masks: only what has one is listed, and signal is as measured.
+
+    Args:
+        visible: Structures that have a mask.
+        signal: Tissue -> brightness against white matter, see `measure.signal_words`.
+
+    Returns:
+        The text and notes on what was changed.
+    """
+    shown, kept, notes = groups_of(visible), [], []
+    for sentence in sentences(raw):
+        told = {k.lower(): v.lower() for k, v in _SIGNAL.findall(sentence)}
+        if any(signal.get(k) != v for k, v in told.items()):
+            notes.append("a sentence on signal was replaced by what the masks measure")
+            sentence = signal_sentence(signal)
+        listed = _GROUP_LIST.search(sentence)
+        if listed and any(g not in shown for g in re.findall(_GROUP, listed[0].lower())):
+            notes.append("anatomy without a mask was removed from a sentence")
+            left = [g for g in re.findall(_GROUP, listed[0].lower()) if g in shown]
+            sentence = sentence[: listed.start()] + join(left) + sentence[listed.end() :] if left else ""
+        kept.append(sentence)
+    return " ".join(s for s in kept if s), tuple(dict.fromkeys(notes))
 
 
 def _place_fits(sentence: str, lesion: Lesion) -> bool:

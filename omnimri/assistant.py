@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, names_in, resolve_names
-from .answer import Answer, Finding, StructureVolume, fill_slots, ground_lesions, ground_plane, ground_sequence, lesion_measures, sentences
+from .answer import (
+    Answer,
+    Finding,
+    StructureVolume,
+    fill_slots,
+    ground_anatomy,
+    ground_lesions,
+    ground_plane,
+    ground_sequence,
+    lesion_measures,
+    sentences,
+)
 from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
@@ -29,6 +40,8 @@ MAX_QUESTION = 2000
 MAX_HISTORY = 8
 """Messages of a conversation that the model is shown again."""
 KEPT_EXAMINATIONS = 2
+LEAST_VISIBLE = 25
+"""Voxels of a mask from which on its structure may be called visible."""
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
 
@@ -180,8 +193,12 @@ class Assistant:
             notes += ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
         can_deny = getattr(self.model.config, "lesion_sensitivity", 0.0) >= LEAST_SENSITIVITY
+        counts = torch.bincount(seen.labels.flatten(), minlength=256)
+        visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
+        text, more = ground_anatomy(TASKS["report"].read(raw), visible, dict(s.split(": ") for s in seen.record.signal))
+        notes += more
         grounded = ground_lesions(
-            TASKS["report"].read(raw), seen.lesions, exhaustive=chosen in ("report", "detect"), can_deny=can_deny
+            text, seen.lesions, exhaustive=chosen in ("report", "detect"), can_deny=can_deny
         )
         return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)

@@ -128,11 +128,11 @@ def examine(
     """
     grid = Grid.fit(volume, size=model.config.image_size)
     example, visual, shown = _look(model, tokenizer, volume, grid)
-    score = scope_score(model, shown)
     num_slices = len(example.chosen)
     states = _query_states(model, tokenizer, grid.plane, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
     fine, heat = _decode(model, example, states["<detect>"])
+    score = scope_score(model, shown, queries, fine)
     views = [View(grid, fine, queries)]
     for plane in more_planes(volume, grid.plane) if score <= 1.0 else ():
         other = Grid.fit(volume, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
@@ -195,15 +195,31 @@ def examine(
     )
 
 
-def scope_score(model: OmniMRI, patches_NPD: Tensor) -> float:
-    """Mahalanobis distance of the study's mean patch feature from the training data's, over its limit.
+def scope_score(model: OmniMRI, patches_NPD: Tensor, queries: Tensor, fine_NCHW: Tensor) -> float:
+    """The larger of two, each over its limit: the Mahalanobis distance of the study's mean patch feature from the training
+    data's, and the share of doubtful pixels in its masks.
 
     An uncalibrated model (limit 0) gives 0: it cannot tell.
     """
     if float(model.scope_limit) == 0:
         return 0.0
     off = patches_NPD.mean((0, 1)) - model.scope_mean
-    return float(torch.linalg.vector_norm(model.scope_whiten @ off) / model.scope_limit)
+    far = float(torch.linalg.vector_norm(model.scope_whiten @ off) / model.scope_limit)
+    limit = getattr(model.config, "doubt_limit", 0.0)
+    if not limit:
+        return far
+    parts = [Pixels(fine=part, coarse=part).phase(0).float() for part in fine_NCHW.split(CHUNK)]
+    return max(far, doubt(torch.cat([model.heads["segment"].logits(queries, part)[0].softmax(1) for part in parts])) / limit)
+
+
+def doubt(probability_NKHW: Tensor) -> float:
+    """Share of the outlined pixels that no structure claims with more than half of the probability; 1 where none is outlined.
+
+    Args:
+        probability_NKHW: Background first.
+    """
+    best, k = probability_NKHW.max(1)
+    return float((best[k > 0] <= 0.5).float().mean()) if bool((k > 0).any()) else 1.0
 
 
 def more_planes(volume: Volume, plane: str) -> tuple[str, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .anatomy import NAMES, STRUCTURES
+from .anatomy import NAMES, STRUCTURES, join
 from .volume import Volume
 
 MAX_INSTANCES = 250
@@ -136,6 +137,12 @@ def location(mask: Tensor, labels: Tensor) -> str:
     inside = labels[mask]
     counts = torch.stack([(inside == s.label).sum() for s in STRUCTURES])
     return NAMES[int(counts.argmax())] if int(counts.max()) else "unlabelled region"
+
+
+def signal_sentence(signal: Mapping[str, str]) -> str:
+    """`signal_words` as a sentence on tissues; empty where there are none."""
+    said = [f"{k} is {v} {'to' if v == 'similar' else 'than'} white matter" for k, v in signal.items() if k != "lesion"]
+    return f"{join(said).capitalize()}." if said else ""
 
 
 def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, ...]:

@@ -22,13 +22,15 @@ from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
 from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, publish, resolve, save_model
 from omnimri.conversation import card, query_messages, render
-from omnimri.examination import infer_sequence
+from omnimri.examination import doubt, infer_sequence
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence
 from omnimri.measure import rank_components, signal_words
 
 SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
+DOUBTFUL_SHARE = 0.05
+"""Share of the held-out studies that may be too doubtful to judge."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which the lesion threshold may show a lesion."""
 
@@ -54,6 +56,8 @@ class Seen:
     """(S, H/2, W/2) lesion probability at phase 0."""
     evidence: torch.Tensor
     """(1, structures, E) of the model's own masks."""
+    doubt: float
+    """See `omnimri.examination.doubt`."""
     signal: tuple[str, ...]
     """How bright those masks are, in words."""
 
@@ -72,7 +76,7 @@ def see(model: Any, tokenizer: Any, record: Record) -> Seen:
     pooled = pool_evidence(feature, masks[0][None], masks[1][None], positions)[:, 1:LESION_CLASS]
     evidence = model.evidence(pooled, torch.arange(1, LESION_CLASS)[None])
     signal = signal_words(images[0, :, 1, ::2, ::2], *masks)
-    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, signal)
+    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, doubt(structures.softmax(1)), signal)
 
 
 def sequence_thresholds(model: Any, tokenizer: Any, records: list[Record], looks: list[Seen]) -> dict[str, Any]:
@@ -108,6 +112,8 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     looks = [see(model, tokenizer, r) for r in records]
     scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
+    doubts = torch.tensor([look.doubt for look in looks])
+    model.config.doubt_limit = float(doubts.quantile(1 - DOUBTFUL_SHARE))
     tried: dict[float, tuple[float, float]] = {}
     for threshold in THRESHOLDS:
         normal = alarms = diseased = found = 0
@@ -130,6 +136,8 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     return {
         "scope_limit": float(model.scope_limit),
         "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},
+        "doubt_limit": model.config.doubt_limit,
+        "doubt_held_out": {"median": float(doubts.median()), "largest": float(doubts.max())},
         "lesion_threshold": model.config.lesion_threshold,
         "threshold_false_alarm_and_sensitivity": {str(k): [round(a, 3), round(b, 3)] for k, (a, b) in tried.items()},
         "sequence": sequence,

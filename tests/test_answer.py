@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from omnimri.answer import fill_slots, ground_lesions, ground_plane, ground_sequence, lesion_measures
+from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_plane, ground_sequence, lesion_measures
+from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
 from omnimri.examination import Lesion
 from omnimri.measure import Measured
@@ -111,3 +112,30 @@ def test_questions_name_structures():
 )
 def test_no_sequence_is_named_that_cannot_be_told(raw, told):
     assert ground_sequence(raw)[0] == told
+
+
+LISTED = "The slices show the cerebral hemispheres, thalami and brain-stem."
+SIGNAL = {"cerebrospinal fluid": "much darker", "grey matter": "darker"}
+MEASURED = "Cerebrospinal fluid is much darker than white matter and grey matter is darker than white matter."
+
+
+@pytest.mark.parametrize(
+    ("raw", "visible", "signal", "said"),
+    [(LISTED, ("left cerebral white matter", "left thalamus", "brain-stem"), {}, LISTED),
+     (LISTED, ("left cerebral white matter", "brain-stem"), {}, "The slices show the cerebral hemispheres and brain-stem."),
+     (f"FLAIR MRI. {LISTED}", (), {}, "FLAIR MRI."),
+     (MEASURED, (), SIGNAL, MEASURED),
+     ("Cerebrospinal fluid is brighter than white matter.", (), SIGNAL, MEASURED),
+     ("Grey matter is similar to white matter.", (), {}, ""),
+     ("Grey matter is darker than white matter.", (), SIGNAL, "Grey matter is darker than white matter.")],
+)
+def test_normal_anatomy_is_told_as_the_masks_show_it(raw, visible, signal, said):
+    text, notes = ground_anatomy(raw, visible, signal)
+    assert text == said
+    assert bool(notes) == (said != raw)
+
+
+@pytest.mark.parametrize(("axis", "count", "cited"), [(2, 60, "1.2.41"), (0, 60, None), (2, 0, None)])
+def test_a_finding_cites_the_instance_of_its_largest_slice(axis, count, cited):
+    seen = SimpleNamespace(volume=SimpleNamespace(source=tuple(f"1.2.{k}" for k in range(count))), slice_axis=axis)
+    assert Assistant._finding(None, LEFT, seen).to_json()["sop_instance_uid"] == cited

@@ -15,6 +15,7 @@ import torch
 
 from omnimri.checkpoint import EMBEDDED
 from omnimri.cli import main
+from omnimri.io import open_study
 from omnimri.io.kspace import write_kspace
 from omnimri.physics import fft2c, gaussian_coils, line_mask
 from omnimri.volume import KSpace, Volume
@@ -60,6 +61,12 @@ def thick(mni, tmp_path_factory):
     path = tmp_path_factory.mktemp("thick") / "thick.nii.gz"
     nibabel.load(mni).slicer[:, :, ::3].to_filename(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def head(thick):
+    """`thick` as a volume."""
+    return open_study(thick).primary
 
 
 def test_help_is_fast_and_whole():
@@ -128,9 +135,9 @@ def test_the_name_decides_the_mask(capsys, thick, tmp_path):
         assert sign * where[:, 0].mean() > 15
 
 
-def test_every_format_of_one_scan_gives_the_same_answer(capsys, scan, tmp_path):
+def test_every_format_of_one_scan_gives_the_same_answer(capsys, head, tmp_path):
     answers = {}
-    for path in written(scan, tmp_path):
+    for path in written(head, tmp_path):
         if path.name in ("b.nii.gz", "e.nrrd", "f.mha", "dicom"):
             status, out, _ = run(capsys, "ask", path, "Write a report.", "--json")
             assert status == 0
@@ -145,15 +152,30 @@ def test_every_format_of_one_scan_gives_the_same_answer(capsys, scan, tmp_path):
     assert all(f["sop_instance_uid"] is None for f in first["findings"])
 
 
-def test_turning_the_array_with_its_affine_changes_no_mask(capsys, scan, scan_file, tmp_path):
-    turned = scan.voxels[0].permute(1, 2, 0).flip(0, 2).contiguous()
-    affine = scan.affine[:, [1, 2, 0, 3]].clone()
+@pytest.mark.parametrize("kind", ["noise", "stripes"])
+def test_what_is_no_head_gets_an_abstention(capsys, tmp_path, kind):
+    g = np.random.default_rng(0)
+    x = g.normal(100, 25, (72, 72, 24)) if kind == "noise" else 100 + 50 * np.sin(np.indices((72, 72, 24)).sum(0) / 3)
+    path = tmp_path / "a.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(x.astype(np.float32), np.diag([2.5, 2.5, 5, 1])), path)
+    status, out, _ = run(capsys, "ask", path, "Write a report.", "--json")
+    told = json.loads(out)
+    assert status == 0
+    assert not told["scope"]["in_scope"]
+    assert told["text"].startswith("I cannot judge this study")
+    assert not told["findings"]
+    assert not any(s["voxels"] for s in told.get("structures", []))
+
+
+def test_turning_the_array_with_its_affine_changes_no_mask(capsys, head, thick, tmp_path):
+    turned = head.voxels[0].permute(1, 2, 0).flip(0, 2).contiguous()
+    affine = head.affine[:, [1, 2, 0, 3]].clone()
     for axis in (0, 2):
         affine[:3, 3] += affine[:3, axis] * (turned.shape[axis] - 1)
         affine[:3, axis] *= -1
     nibabel.save(nibabel.Nifti1Image(turned.numpy(), affine.numpy()), tmp_path / "turned.nii.gz")
     labels = []
-    for path in (scan_file, tmp_path / "turned.nii.gz"):
+    for path in (thick, tmp_path / "turned.nii.gz"):
         assert run(capsys, "segment", path, "--out", tmp_path / "seg.nii.gz")[0] == 0
         labels.append(np.asarray(nibabel.load(tmp_path / "seg.nii.gz").dataobj))
     back = labels[1][::-1, :, ::-1].transpose(2, 0, 1)
