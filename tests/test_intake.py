@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 
-import h5py
 import nibabel
 import numpy as np
 import pydicom
@@ -26,6 +25,7 @@ from omnimri.io import open_study
 from omnimri.io.headers import class_of, kind_of
 
 from .conftest import NIBABEL, PYDICOM, SECRET, change, write_dicom
+from .fuzz import write_ismrmrd
 
 
 def same_place(a, b, *, voxels=True):
@@ -96,27 +96,9 @@ def test_a_picture_has_no_side(tmp_path):
     assert any("no geometry" in w for w in study.warnings)
 
 
-def test_ismrmrd_readouts_become_kspace(tmp_path):
-    counters = [(n, "<u2") for n in ("kspace_encode_step_1", "kspace_encode_step_2", "average", "slice", "contrast", "phase",
-                                     "repetition", "set", "segment")]
-    head = np.dtype([("flags", "<u8"), ("number_of_samples", "<u2"), ("active_channels", "<u2"), ("center_sample", "<u2"),
-                     ("idx", counters)])
-    rng, lines = np.random.default_rng(0), [1, 5, 8, 11]
-    truth = (rng.normal(size=(2, 3, 16, 4)) + 1j * rng.normal(size=(2, 3, 16, 4))).astype(np.complex64)
-    xml = ("<ismrmrdHeader><encoding><trajectory>cartesian</trajectory><encodedSpace><matrixSize><x>16</x><y>12</y><z>1</z>"
-           "</matrixSize></encodedSpace></encoding></ismrmrdHeader>")
-    with h5py.File(tmp_path / "raw.h5", "w") as f:
-        rows = f.create_dataset("dataset/data", (9,), np.dtype([("head", head), ("data", h5py.vlen_dtype(np.float32))]))
-        heads = np.zeros(9, head)
-        k = 0
-        for s in range(2):
-            for n, line in enumerate(lines):
-                heads[k] = (0, 16, 3, 8, (line, 0, 0, s, 0, 0, 0, 0, 0))
-                rows[k] = (heads[k], np.ascontiguousarray(truth[s, :, :, n]).view(np.float32).ravel())
-                k += 1
-        heads[8] = (1 << 18, 16, 3, 8, (0,) * 9)  # a noise measurement is no image line
-        rows[8] = (heads[8], rng.normal(size=96).astype(np.float32))
-        f.create_dataset("dataset/xml", data=np.array([xml.encode()]))
+@pytest.mark.parametrize("chunk", [0, 1, 4])
+def test_ismrmrd_readouts_become_kspace(tmp_path, chunk):
+    truth, lines = write_ismrmrd(tmp_path / "raw.h5", chunk)
     found = open_study(tmp_path / "raw.h5").kspace
     assert found.data.shape == (2, 3, 16, 12)
     assert found.mask[0].nonzero().flatten().tolist() == lines

@@ -6,6 +6,7 @@ Reading runs in the decoding child.
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from .series import UnusableError, check_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..volume import KSpace
 
 UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError, MemoryError, OverflowError, SystemError)
@@ -35,7 +38,7 @@ def read_kspace(path: Path) -> dict[str, Any]:
             if "kspace" in f:
                 data, mask, affine = _fastmri(f)
             elif "dataset" in f and "data" in _inside(f, "dataset"):
-                data, mask, affine = _ismrmrd(_inside(f, "dataset"))
+                data, mask, affine = _ismrmrd(path, _inside(f, "dataset"))
             else:
                 raise UnusableError("expected an array named 'kspace' (fastMRI) or 'dataset/data' (ISMRMRD) in the file, found neither")
     except UnusableError:
@@ -89,7 +92,7 @@ def _fastmri(f: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     return values[:, None] if values.ndim == 3 else values, mask, affine
 
 
-def _ismrmrd(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _ismrmrd(path: Path, group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Readouts sorted into (slices, coils, readout, phase encoding); averages are summed, the first of other counters is kept."""
     text = bytes(np.asarray(_inside(group, "xml")).ravel()[0])[: 2**20].decode("utf-8", "ignore")
     kind = re.search(r"<trajectory>\s*(\w+)\s*</trajectory>", text)
@@ -101,10 +104,7 @@ def _ismrmrd(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     x, y, z = (int(v) for v in sizes.groups())
     if z > 1:
         raise UnusableError("expected 2-D encoding, got 3-D; transform the partition axis first")
-    rows = _inside(group, "data")
-    if rows.ndim != 1 or rows.shape[0] > 2_000_000:
-        raise UnusableError("expected a list of readouts, got another array")
-    heads = rows["head"]
+    heads, line_of = _readouts(path, _inside(group, "data"))
     keep = np.nonzero((heads["flags"].astype(np.uint64) & np.uint64(NO_IMAGE)) == 0)[0]
     if not len(keep):
         raise UnusableError("expected readouts of an image, got noise or calibration only")
@@ -117,18 +117,76 @@ def _ismrmrd(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         if any(int(at[c]) for c in ("contrast", "phase", "repetition", "set")) or int(at["kspace_encode_step_1"]) >= y:
             continue
         samples, channels = int(heads["number_of_samples"][k]), int(heads["active_channels"][k])
-        if samples > x or channels != coils:
+        first = x // 2 - int(heads["center_sample"][k])
+        if channels != coils or not 0 <= first <= x - samples:
             continue
-        line = np.asarray(rows[k]["data"], dtype=np.float32).view(np.complex64)
+        line = line_of(k)
         if line.size != samples * channels:
             raise UnusableError("expected as many samples as a readout's header says, got others; the file is damaged")
-        first = x // 2 - int(heads["center_sample"][k])
-        if not 0 <= first <= x - samples:
-            continue
         step = int(at["kspace_encode_step_1"])
         out[int(at["slice"]), :, first : first + samples, step] += line.reshape(channels, samples)
         mask[0, step] = True
     return out, mask, None
+
+
+def _readouts(path: Path, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+    """Headers of all readouts, and the samples of the k-th, taken from the file's bytes as HDF5's format specification says.
+
+    HDF5's own reader of values of drawn length (library 1.14) reads them all even where headers alone are asked for, believes any
+    length, and on some damaged files never ends.
+    """
+    import h5py
+
+    damaged = UnusableError("expected readouts where the file says they are, got a cut off or damaged file; write it again")
+    kind = rows.id.get_type()
+    member = {kind.get_member_name(i): i for i in range(kind.get_nmembers())}
+    values, begin = kind.get_member_type(member[b"data"]), kind.get_member_offset(member[b"data"])
+    plan = rows.id.get_create_plist()
+    file = rows.file.id.get_create_plist()
+    if rows.ndim != 1 or values.get_class() != h5py.h5t.VLEN or values.get_super().dtype.str != "<f4" or plan.get_nfilters() \
+            or file.get_sizes() != (8, 8) or file.get_userblock():
+        raise UnusableError("expected a plain list of readouts, got another or a compressed one; write it with the ISMRMRD library")
+    data = np.memmap(path, mode="r").data
+    row = np.dtype({"names": ["head", "length", "heap", "index"], "itemsize": kind.get_size(), "formats":
+                    [kind.get_member_type(member[b"head"]).dtype, "<u4", "<u8", "<u4"], "offsets":
+                    [kind.get_member_offset(member[b"head"]), begin, begin + 4, begin + 12]})
+    if rows.shape[0] * row.itemsize > len(data):
+        raise damaged
+    table = np.zeros(rows.shape[0], row)
+    if plan.get_layout() == h5py.h5d.CONTIGUOUS:
+        table[:] = np.frombuffer(data, row, len(table), rows.id.get_offset())
+    else:
+        chunks: list[Any] = []
+        rows.id.chunk_iter(chunks.append)
+        for chunk in chunks:
+            part = table[chunk.chunk_offset[0]:][: plan.get_chunk()[0]]
+            part[:] = np.frombuffer(data, row, len(part), chunk.byte_offset)
+    heaps: dict[int, dict[int, tuple[int, int]]] = {}
+    left = len(data) // 16
+
+    def line_of(k: int) -> np.ndarray:
+        nonlocal left
+        heap, index = int(table["heap"][k]), int(table["index"][k])
+        if heap not in heaps:
+            at, end = heap + 16, heap + int.from_bytes(data[heap + 8 : heap + 16], "little")
+            if end > len(data) or data[heap : heap + 4] != b"GCOL":
+                raise damaged
+            heaps[heap] = {}
+            while at + 16 <= end:
+                name, size = struct.unpack_from("<H6xQ", data, at)
+                left -= 1
+                if not name:  # what is left is free
+                    break
+                if at + 16 + size > end or left < 0:
+                    raise damaged
+                heaps[heap][name] = (at + 16, size)
+                at += 16 + -(-size // 8) * 8
+        at, size = heaps[heap].get(index, (0, 0))
+        if not 0 < 4 * int(table["length"][k]) <= size:
+            raise damaged
+        return np.frombuffer(data, "<f4", int(table["length"][k]), at).view(np.complex64)
+
+    return table["head"], line_of
 
 
 def write_kspace(path: Path, kspace: KSpace) -> None:
