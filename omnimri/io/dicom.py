@@ -34,6 +34,8 @@ from .series import Contents, Series, UnusableError, check_affine, check_shape, 
 NATIVE = {"1.2.840.10008.1.2": True, "1.2.840.10008.1.2.1": False}
 """Uncompressed little-endian transfer syntaxes, and whether value types are implicit."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
+GDCM = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81))
+"""JPEG and JPEG-LS, which pydicom alone cannot decode. GDCM gets nothing else: a damaged RLE of 4 kB takes it 4 GB."""
 PIXEL_DATA = 0x7FE00010
 KEYS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 """What tells series apart; none of it leaves."""
@@ -408,7 +410,9 @@ def pixels_of(f: Frame) -> np.ndarray:
     whole = pydicom.dcmread(f.path, force=True)
     try:
         return whole.pixel_array
-    except RuntimeError:  # no decoder of its own for this syntax, or one that gave up
+    except RuntimeError:  # no decoder of its own, or one that gave up
+        if h["TransferSyntaxUID"] not in GDCM:
+            raise
         return _with_gdcm(f.path)
 
 
