@@ -1,6 +1,7 @@
-"""The five-level description of a record and the question and answer wordings.
+"""The five-level description of a record and the exchanges about it.
 
-Levels: 1 modality and sequence, 2 visible anatomy, 3 tissue signal, 4 findings, 5 impression. Numbers are slots.
+Levels: 1 modality and sequence, 2 visible anatomy, 3 tissue signal, 4 findings, 5 impression. Numbers are slots. Nothing is
+said that the image cannot show: what a lesion is called depends on the sequence that shows it so.
 """
 
 from __future__ import annotations
@@ -15,9 +16,26 @@ from omnimri.example import Record, normalise
 from omnimri.measure import signal_sentence, signal_words
 
 from .recipe import pick, uniform
+from .wording import Voice
 
 LEAST_PIXELS = 25
 """A structure with fewer pixels in the study is not called visible."""
+TECHNIQUES = {"DWI": "diffusion-weighted", "ADC": "apparent diffusion coefficient", "T2*": "T2*-weighted gradient-echo"}
+"""Names of what is none of `anatomy.SEQUENCES` and yet is something."""
+LOOKS = {
+    # kind: {sequence or technique: (adjective, what it may be)}
+    "glioblastoma": {"T1w-Gd": ("irregularly enhancing", "a high-grade glioma")},
+    "glioma": {"T1w-Gd": ("non-enhancing", "a low-grade glioma"), "FLAIR": ("infiltrating", "a glioma")},
+    "meningioma": {"T1w-Gd": ("homogeneously enhancing, superficial", "a meningioma")},
+    "metastasis": {"T1w-Gd": ("enhancing", "a metastasis")},
+    "white-matter hyperintensity": {"FLAIR": ("white-matter", "small-vessel disease"), "T2w": ("white-matter", "small-vessel disease")},
+    "acute infarct": {"DWI": ("diffusion-restricted", "an acute infarct"), "ADC": ("diffusion-restricted", "an acute infarct")},
+    "old infarct": {"FLAIR": ("cystic", "an old infarct"), "T1w": ("cystic", "an old infarct")},
+    "haemorrhage": {"T2*": ("blood-like", "a haemorrhage")},
+    "abscess": {"T1w-Gd": ("thin-walled, ring-enhancing", "an abscess"), "DWI": ("diffusion-restricted", "an abscess")},
+    "demyelination": {"FLAIR": ("ovoid white-matter", "demyelination"), "T2w": ("ovoid white-matter", "demyelination")},
+    "hydrocephalus with transependymal oedema": {"FLAIR": ("periventricular", "oedema around wide ventricles")},
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +48,25 @@ class Facts:
     """Structure names."""
     places: tuple[str, ...]
     """Of lesions, by falling volume."""
+    kinds: tuple[str, ...]
+    """Of lesions, by falling volume."""
+    lobes: tuple[str, ...]
+    """Of lesions; empty where one lies in none or near a border."""
+    technique: str
+    signs: tuple[str, ...]
+    """Of lesions: `brighter` or `darker` than white matter, or empty."""
     signal: dict[str, str]
     """`cerebrospinal fluid`, `grey matter`, `lesion` -> `brighter`, `much darker`, ... or `similar`, against white matter."""
+
+    @property
+    def words(self) -> str:
+        """The sequence in words; empty where it cannot be told."""
+        return TECHNIQUES.get(self.technique, "") if self.sequence == "other" else SEQUENCE_WORDS[self.sequence]
+
+    def look(self, k: int) -> tuple[str, str]:
+        """How the k-th lesion looks on this sequence, and what it may be; empty where the sequence does not tell."""
+        looks = LOOKS.get(self.kinds[k], {}) if k < len(self.kinds) else {}
+        return looks.get(self.sequence) or looks.get(self.technique) or ("", "")
 
     @property
     def groups(self) -> list[str]:
@@ -46,8 +81,14 @@ def facts_of(record: Record) -> Facts:
     counts = torch.bincount(record.labels.flatten().long(), minlength=len(NAMES) + 1)
     visible = tuple(s.name for k, s in enumerate(STRUCTURES, 1) if int(counts[k]) >= LEAST_PIXELS)
     signal = dict(s.split(": ") for s in record.signal)
+    white = torch.isin(record.labels, torch.tensor([k for k, s in enumerate(STRUCTURES, 1) if s.name.endswith("cerebral white matter")]))
+    white &= record.lesions == 0
+    level = record.images[:, 1]
+    signs = tuple("" if not bool(white.any()) else "brighter" if level[record.lesions == r].median() > level[white].median() else "darker"
+                  for r in range(1, 1 + len(record.lesion_places or ())))
     assert record.sequence is not None
-    return Facts(record.plane, record.sequence, visible, record.lesion_places or (), signal)
+    return Facts(record.plane, record.sequence, visible, record.lesion_places or (), record.lesion_kinds or (), record.lesion_lobes or (),
+                 record.technique, signs, signal)
 
 
 def article(word: str) -> str:
@@ -55,172 +96,229 @@ def article(word: str) -> str:
     return f"{'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
 
 
-def level1(g: torch.Generator, f: Facts) -> str:
+def upper(text: str) -> str:
+    """The text with its first letter in upper case, the others as they are."""
+    return text[0].upper() + text[1:]
+
+
+def level1(v: Voice, f: Facts) -> str:
     """Modality, plane and sequence."""
-    words = SEQUENCE_WORDS[f.sequence]
-    if f.sequence == "other":
-        return pick(g, (f"{f.plane.capitalize()} MRI of the brain; the sequence cannot be told from the image.",
-                        f"Brain MRI in the {f.plane} plane with an unclassified contrast."))
-    return pick(g, (f"{f.plane.capitalize()} {words} MRI of the brain.", f"Brain MRI, {f.plane} plane, {words} sequence.",
-                    f"{words} images of the brain in the {f.plane} plane."))
+    if not f.words:
+        return v.say((f"{f.plane.capitalize()} MRI of the brain; the sequence cannot be told from the image.",
+                      f"Brain MRI in the {f.plane} plane with an unclassified contrast."),
+                     (f"{f.plane.capitalize()} brain MRI of unknown weighting.",
+                      f"MRI of the brain, {f.plane}; the weighting cannot be told."))
+    return v.say((f"{f.plane.capitalize()} {f.words} MRI of the brain.", f"Brain MRI, {f.plane} plane, {f.words} sequence.",
+                  f"{upper(f.words)} images of the brain in the {f.plane} plane."),
+                 (f"{f.plane.capitalize()} {f.words} brain MRI.", f"Technique: {f.plane} {f.words} MRI.",
+                  f"MRI head, {f.plane}, {f.words}.",
+                  f"{upper(article(f.words))} MRI of the brain in {f.plane} slices.",
+                  f"The study is {article(f.words)} series in the {f.plane} plane."))
 
 
-def level2(g: torch.Generator, f: Facts) -> str:
+def level2(v: Voice, f: Facts) -> str:
     """Visible anatomy."""
-    groups = f.groups
-    if not groups:
+    if not f.groups:
         return "No brain structure is fully shown."
-    return pick(g, (f"The slices show the {join(groups)}.", f"Visible are the {join(groups)}.",
-                    f"The study covers the {join(groups)}."))
+    listed = join(f.groups)
+    return v.say((f"The slices show the {listed}.", f"Visible are the {listed}.", f"The study covers the {listed}."),
+                 (f"Included are the {listed}.", f"The images cover the {listed}.", f"Seen are the {listed}.", f"The {listed} are shown."))
 
 
-def level3(g: torch.Generator, f: Facts) -> str:
+def level3(v: Voice, f: Facts) -> str:
     """Tissue signal against white matter."""
     return signal_sentence(f.signal)
 
 
-def finding(g: torch.Generator, f: Facts, place: str) -> str:
-    """One lesion with its slot and its `<segment>`."""
-    signal = f.signal.get("lesion", "")
-    look = "hyperintense " if "brighter" in signal else "hypointense " if "darker" in signal else ""
+def finding(v: Voice, f: Facts, k: int) -> str:
+    """The k-th lesion with its slot and its `<segment>`."""
+    signal, place = f.signal.get("lesion", ""), f.places[k]
+    sign = f.signs[k] if f.signs[k] in signal else ""
+    look = {"brighter": "hyperintense ", "darker": "hypointense "}.get(sign, "")
+    adjective, may_be = f.look(k) if v.wide else ("", "")
+    if adjective and uniform(v.g, 0, 1) < 0.7:
+        look = f"{adjective} "
     a = article(f"<size> {look}lesion").replace("an <size>", "a <size>")
-    return pick(g, (f"There is {a} in the {place} <segment>, <mm> mm in diameter and <ml> ml in volume.",
-                    f"{a.capitalize()} lies in the {place} <segment>; it measures <mm> mm and <ml> ml.",
-                    f"In the {place} there is {a} <segment> of <mm> mm and <ml> ml."))
+    maybe = ""
+    if may_be and uniform(v.g, 0, 1) < 0.6:
+        maybe = v.say((f", perhaps {may_be}", f", which may be {may_be}", f"; {may_be} is possible"))
+    return v.say((f"There is {a} in the {place} <segment>, <mm> mm in diameter and <ml> ml in volume{maybe}.",
+                  f"{upper(a)} lies in the {place} <segment>; it measures <mm> mm and <ml> ml{maybe}.",
+                  f"In the {place} there is {a} <segment> of <mm> mm and <ml> ml{maybe}."),
+                 (f"{upper(a)} in the {place} <segment>, <mm> mm, <ml> ml{maybe}.",
+                  f"The {place} holds {a} <segment> of <mm> mm and <ml> ml{maybe}.",
+                  f"{upper(a)} is seen in the {place} <segment>, slice <slice>, <mm> mm across{maybe}."))
 
 
-def level4(g: torch.Generator, f: Facts) -> str:
+def level4(v: Voice, f: Facts) -> str:
     """Findings, the largest first; at most four are spelled out."""
     if not f.places:
-        return pick(g, ("No lesion is found.", "No focal lesion is seen.", "There is no focal lesion."))
-    return " ".join(finding(g, f, p) for p in f.places[: len(COUNT_WORDS) - 1])
+        return v.say(("No lesion is found.", "No focal lesion is seen.", "There is no focal lesion."),
+                     ("No focal lesion.", "No lesion is visible on this sequence.", "There is no lesion to be seen."))
+    return " ".join(finding(v, f, k) for k in range(min(len(f.places), len(COUNT_WORDS) - 1)))
 
 
-def level5(g: torch.Generator, f: Facts) -> str:
+def level5(v: Voice, f: Facts) -> str:
     """Impression."""
     if not f.places:
-        return pick(g, ("Impression: no focal lesion.", "Impression: no lesion was found."))
+        return v.say(("Impression: no focal lesion.", "Impression: no lesion was found."),
+                     ("Impression: no lesion on this sequence.", "In summary, no focal lesion."))
+    may_be = f.look(0)[1] if v.wide else ""
+    maybe = f", perhaps {may_be}" if may_be else ""
     if len(f.places) == 1:
-        return f"Impression: a single lesion in the {f.places[0]}."
-    return f"Impression: <count> lesions, the largest in the {f.places[0]}."
+        return f"Impression: a single lesion in the {f.places[0]}{maybe}."
+    return f"Impression: <count> lesions, the largest in the {f.places[0]}{maybe}."
 
 
-def report(g: torch.Generator, f: Facts) -> str:
-    """All five levels."""
-    return " ".join(t for t in (level1(g, f), level2(g, f), level3(g, f), level4(g, f), level5(g, f)) if t)
+def report(v: Voice, f: Facts) -> str:
+    """All five levels; a terse one has only findings and impression."""
+    levels = (level4, level5) if v.wide and uniform(v.g, 0, 1) < 0.2 else (level1, level2, level3, level4, level5)
+    return " ".join(t for t in (level(v, f) for level in levels) if t)
 
 
-def segment_turns(g: torch.Generator, f: Facts) -> list[Message]:
-    """Ask for one structure, perhaps the other side after it, or for everything."""
-    if uniform(g, 0, 1) < 0.2:
-        ask = pick(g, ("Segment everything.", "Segment all structures.", "Outline every structure.",
-                       "Show me a full segmentation.", "Label the whole brain.", "Parcellate the brain please."))
-        return [Message("user", ask), Message("assistant", "Every structure is outlined <segment>.")]
+def segment_turns(v: Voice, f: Facts) -> list[Message]:
+    """Ask for one structure, perhaps the other side after it, for both sides, or for everything."""
+    kind = uniform(v.g, 0, 1)
+    if kind < 0.2:
+        answer = v.say(("Every structure is outlined <segment>.",), ("All structures are outlined <segment>.",
+                                                             "Outlined: every structure <segment>."))
+        return [Message("user", v.ask("all")), Message("assistant", answer)]
+    pairs = [n.removeprefix("left ") for n in f.visible if n.startswith("left") and n.replace("left", "right", 1) in f.visible]
+    if v.wide and pairs and kind < 0.28:
+        stem = pick(v.g, pairs)
+        answer = f"The left {stem} <segment> has <ml> ml, the right {stem} <segment> <ml> ml."
+        return [Message("user", v.ask("both sides", stem)), Message("assistant", answer)]
     absent = [n for n in NAMES if n not in f.visible]
-    name = pick(g, absent) if absent and uniform(g, 0, 1) < 0.15 else pick(g, f.visible or NAMES)
+    name = pick(v.g, absent) if absent and uniform(v.g, 0, 1) < 0.15 else pick(v.g, f.visible or NAMES)
     turns = []
     for n in (name, name.replace("left", "\0").replace("right", "left").replace("\0", "right")):
-        ask = pick(g, (f"Segment the {n}.", f"Outline the {n}.", f"Can you show me the {n}?", f"Where is the {n}?",
-                       f"Delineate the {n} please.", f"segment {n}", f"Please mark the {n}.", f"Draw the {n}.",
-                       f"How large is the {n}?", f"What is the volume of the {n}?"))
-        if turns:
-            side = n.split()[0]
-            ask = pick(g, (f"And on the {side}?", f"And the {side} one?", f"What about the {side} side?"))
+        ask = v.ask("other side", n.split()[0]) if turns else v.ask("one", n)
         if n in f.visible:
-            answer = pick(g, (f"Outlined: the {n} <segment>, <ml> ml.", f"Outlined is the {n} <segment> of <ml> ml."))
+            answer = v.say((f"Outlined: the {n} <segment>, <ml> ml.", f"Outlined is the {n} <segment> of <ml> ml."),
+                           (f"The {n} <segment> has a volume of <ml> ml.", f"This is the {n} <segment>, <ml> ml.",
+                            f"Here is the {n} <segment>: <ml> ml."))
         else:
-            answer = f"The {n} is not visible in these slices."
+            answer = v.say((f"The {n} is not visible in these slices.",),
+                           (f"These slices do not show the {n}.", f"I cannot see the {n} here."))
         turns += [Message("user", ask), Message("assistant", answer)]
-        if n == name and (not name.startswith(("left", "right")) or uniform(g, 0, 1) < 0.7):
+        if n == name and (not name.startswith(("left", "right")) or uniform(v.g, 0, 1) < 0.7):
             break
     return turns
 
 
-def detect_turns(g: torch.Generator, f: Facts) -> list[Message]:
-    """Ask for lesions."""
-    ask = pick(g, ("Find lesions.", "Are there any lesions?", "Is there anything abnormal?", "Detect lesions.",
-                   "Is there a tumour?", "Do you see an abnormality?", "Look for lesions please.", "Any pathology?",
-                   "Mark all lesions.", "Is this brain normal?", "Where is the lesion?", "Locate every lesion."))
+def detect_turns(v: Voice, f: Facts) -> list[Message]:
+    """Ask for lesions, and perhaps on about what was found."""
     if not f.places:
-        answer = pick(g, ("<detect> No lesion is found.", "<detect> There is no focal lesion."))
+        answer = v.say(("<detect> No lesion is found.", "<detect> There is no focal lesion."),
+                       ("<detect> No focal lesion is seen on this sequence.",))
     elif len(f.places) == 1:
-        answer = f"<detect> There is one lesion. {finding(g, f, f.places[0])}"
+        answer = f"<detect> There is one lesion. {finding(v, f, 0)}"
     else:
-        shown = " ".join(finding(g, f, p) for p in f.places[: len(COUNT_WORDS) - 1])
+        shown = " ".join(finding(v, f, k) for k in range(min(len(f.places), len(COUNT_WORDS) - 1)))
         answer = f"<detect> There are <count> lesions. {shown}"
-    turns = [Message("user", ask), Message("assistant", answer)]
-    if f.places and uniform(g, 0, 1) < 0.3:
+    turns = [Message("user", v.ask("lesions")), Message("assistant", answer)]
+    more = uniform(v.g, 0, 1)
+    if f.places and more < 0.3:
         side = f.places[0].split()[0]
         told = f"The largest lesion is on the {side}." if side in ("left", "right") else "It lies in the midline."
-        turns += [Message("user", pick(g, ("On which side?", "Left or right?", "Which side is it on?"))),
+        turns += [Message("user", v.say(("On which side?", "Left or right?", "Which side is it on?"), ("Which hemisphere?", "side?"))),
                   Message("assistant", told)]
+    elif v.wide and more < 0.6:
+        turns += pick(v.g, (count_turns, largest_turns, lobe_turns))(v, f)
     return turns
 
 
-def report_turns(g: torch.Generator, f: Facts) -> list[Message]:
+def count_turns(v: Voice, f: Facts) -> list[Message]:
+    """How many lesions."""
+    told = "No lesion is found." if not f.places else "There is one lesion." if len(f.places) == 1 else "There are <count> lesions."
+    return [Message("user", v.ask("count")), Message("assistant", f"<detect> {told}")]
+
+
+def largest_turns(v: Voice, f: Facts) -> list[Message]:
+    """The size of the largest lesion."""
+    told = f"The largest lesion lies in the {f.places[0]} <segment>: <mm> mm, <ml> ml." if f.places else "No lesion is found."
+    return [Message("user", v.ask("largest")), Message("assistant", f"<detect> {told}")]
+
+
+def lobe_turns(v: Voice, f: Facts) -> list[Message]:
+    """The lobe of the largest lesion."""
+    lobe = f.lobes[0] if f.lobes else ""
+    told = ("No lesion is found." if not f.places else f"The largest lesion lies in the {lobe}." if lobe
+            else f"The lobe cannot be told; the largest lesion lies in the {f.places[0]}.")
+    return [Message("user", v.ask("lobe")), Message("assistant", f"<detect> {told}")]
+
+
+def report_turns(v: Voice, f: Facts) -> list[Message]:
     """Ask for the whole report."""
-    ask = pick(g, ("Write a report.", "Report this study.", "Describe this study.", "Summarise the findings.",
-                   "Give me a radiology report.", "What do you see?", "Please dictate a report.", "Report please.",
-                   "Describe the image in detail.", "What does this MRI show?"))
-    return [Message("user", ask), Message("assistant", f"<report> {report(g, f)}")]
+    return [Message("user", v.ask("report")), Message("assistant", f"<report> {report(v, f)}")]
 
 
-def reconstruct_turns(g: torch.Generator, f: Facts) -> list[Message]:
+def reconstruct_turns(v: Voice, f: Facts) -> list[Message]:
     """Ask for a reconstruction."""
-    ask = pick(g, ("Reconstruct this.", "Reconstruct the image.", "Make an image from the k-space.",
-                   "Reconstruct the undersampled data.", "Run the reconstruction please.", "Turn the raw data into an image."))
-    return [Message("user", ask), Message("assistant", "<reconstruct> The image is reconstructed from the k-space.")]
+    return [Message("user", v.ask("reconstruct")), Message("assistant", "<reconstruct> The image is reconstructed from the k-space.")]
 
 
-def question_turns(g: torch.Generator, f: Facts) -> list[Message]:
+def question_turns(v: Voice, f: Facts) -> list[Message]:
     """Questions answered in words."""
-    words, plane = SEQUENCE_WORDS[f.sequence], f.plane
-    unclear = f.sequence == "other"
-    kind = pick(g, ("both", "sequence", "plane", "weighting", "contrast", "visible", "signal", "level", "parameter", "off"),
-                (0.16, 0.14, 0.1, 0.1, 0.1, 0.14, 0.08, 0.06, 0.06, 0.06))
+    words, plane = f.words, f.plane
+    kind = pick(v.g, ("both", "sequence", "plane", "weighting", "contrast", "visible", "signal", "level", "parameter", "off", "limits"),
+                (0.16, 0.14, 0.1, 0.1, 0.1, 0.14, 0.08, 0.06, 0.06, 0.06, 0.06 * v.wide))
     if kind == "both":
-        ask = pick(g, ("What sequence and plane is this?", "Which sequence and which plane?", "Name the sequence and the plane."))
-        answer = (f"The plane is {plane}; the sequence cannot be told." if unclear
-                  else f"This is {article(plane)} {words} image.")
+        ask = v.ask("sequence and plane")
+        answer = v.say((f"This is {article(plane)} {words} image.",), (f"The plane is {plane}, the sequence {words}.",)) if words else (
+            f"The plane is {plane}; the sequence cannot be told.")
     elif kind == "sequence":
-        ask = pick(g, ("What sequence is this?", "What is the MR weighting in this image?", "Which sequence was used?",
-                       "What imaging modality was used to take this image?", "Is this T1, T2 or FLAIR?",
-                       "How was the image taken?", "What kind of MRI is it?"))
-        answer = "The sequence cannot be told from the image." if unclear else f"This is {article(words)} MRI."
+        ask = v.ask("sequence")
+        answer = "The sequence cannot be told from the image."
+        if words:
+            answer = v.say((f"This is {article(words)} MRI.",), (f"It is {article(words)} sequence.",))
     elif kind == "plane":
-        ask = pick(g, ("What plane is this?", "In which plane was this taken?", "Which orientation are the slices?"))
-        answer = f"The plane is {plane}."
+        ask = v.ask("plane")
+        answer = v.say((f"The plane is {plane}.",), (f"These are {plane} slices.", f"The slices are {plane}."))
     elif kind == "weighting":
-        guess = pick(g, ("T1w", "T2w", "FLAIR", "PDw"))
-        ask = pick(g, (f"Is this {article(SEQUENCE_WORDS[guess])} image?", f"Is this image {SEQUENCE_WORDS[guess]}?"))
+        guess = pick(v.g, ("T1w", "T2w", "FLAIR", "PDw"))
+        ask = v.say((f"Is this {article(SEQUENCE_WORDS[guess])} image?", f"Is this image {SEQUENCE_WORDS[guess]}?"),
+                    (f"Would you call this {SEQUENCE_WORDS[guess]}?", f"{SEQUENCE_WORDS[guess]}, right?"))
         same = guess == f.sequence or (guess == "T1w" and f.sequence == "T1w-Gd")
-        answer = "I cannot tell the sequence." if unclear else f"{'Yes' if same else 'No'}, it is {words}."
+        answer = f"{'Yes' if same else 'No'}, it is {words}." if words else "I cannot tell the sequence."
     elif kind == "contrast":
-        ask = pick(g, ("Was the MRI taken with contrast?", "Was gadolinium given?", "Is this a noncontrast MRI?"))
+        ask = v.say(("Was the MRI taken with contrast?", "Was gadolinium given?", "Is this a noncontrast MRI?"),
+                    ("Is this with contrast agent?", "Contrast-enhanced?", "Did the patient get contrast?"))
         given = f.sequence == "T1w-Gd"
         yes = given != ("noncontrast" in ask)
-        answer = ("I cannot tell." if unclear else
-                  f"{'Yes' if yes else 'No'}, {'a' if given else 'no'} contrast agent was given.")
+        answer = f"{'Yes' if yes else 'No'}, {'a' if given else 'no'} contrast agent was given."
+        if f.sequence == "other":
+            answer = "I cannot tell."
+        if v.wide and f.sequence not in ("T1w", "T1w-Gd"):
+            answer = "Whether contrast agent was given cannot be told from this sequence."
     elif kind == "visible":
-        group = pick(g, tuple(GROUPS))
+        group = pick(v.g, tuple(GROUPS))
         verb = "is" if group in ("cerebellum", "brain-stem") else "are"
-        ask = pick(g, (f"{verb.capitalize()} the {group} visible?", f"Can the {group} be seen?", f"Do you see the {group}?"))
+        ask = v.say((f"{verb.capitalize()} the {group} visible?", f"Can the {group} be seen?", f"Do you see the {group}?"),
+                    (f"{verb.capitalize()} the {group} included?", f"Does the scan reach the {group}?"))
         seen = group in f.groups
         answer = f"{'Yes' if seen else 'No'}, the {group} {verb} {'' if seen else 'not '}visible."
     elif kind == "signal":
-        ask = pick(g, ("Is the cerebrospinal fluid bright or dark?", "How bright is grey matter?", "Describe the signal."))
-        answer = level3(g, f) or "I cannot tell."
+        ask = v.say(("Is the cerebrospinal fluid bright or dark?", "How bright is grey matter?", "Describe the signal."),
+                    ("How do the tissues look?", "What is the signal of fluid and grey matter?", "Describe the contrast between tissues."))
+        answer = level3(v, f) or "I cannot tell."
     elif kind == "level":
-        ask, answer = pick(g, (("Which anatomy is shown?", level2(g, f)), ("Give only the impression.", level5(g, f)),
-                               ("What are the findings?", level4(g, f)), ("Describe the technique.", level1(g, f))))
+        ask, answer = pick(v.g, (("Which anatomy is shown?", level2(v, f)), ("Give only the impression.", level5(v, f)),
+                                 ("What are the findings?", level4(v, f)), ("Describe the technique.", level1(v, f))))
     elif kind == "parameter":
-        ask, answer = pick(g, (("What is the echo time?", "The echo time is <te> ms."),
-                               ("What is the repetition time?", "The repetition time is <tr> ms."),
-                               ("What is the inversion time?", "The inversion time is <ti> ms."),
-                               ("What is the field strength?", "The field strength is <tesla> T.")))
+        ask, answer = pick(v.g, (("What is the echo time?", "The echo time is <te> ms."),
+                                 ("What is the repetition time?", "The repetition time is <tr> ms."),
+                                 ("What is the inversion time?", "The inversion time is <ti> ms."),
+                                 ("What is the field strength?", "The field strength is <tesla> T.")))
+    elif kind == "limits":
+        ask, needed = pick(v.g, (("Is there an acute stroke?", "DWI"), ("Does it enhance?", "T1w-Gd"), ("Are there microbleeds?", "T2*"),
+                                 ("Is diffusion restricted?", "DWI"), ("Is there old blood?", "T2*")))
+        series = {"DWI": "Diffusion-weighted", "T1w-Gd": "Contrast-enhanced", "T2*": "T2*-weighted"}[needed]
+        if needed in (f.sequence, f.technique):
+            return detect_turns(v, f)
+        answer = f"{series} images are needed to tell that."
     else:
-        ask = pick(g, ("Who is the patient?", "What is the diagnosis in the other knee?", "How old is the patient?",
-                       "Will it rain tomorrow?", "What treatment do you advise?", "Tell me a joke.", "asdf"))
+        ask = v.ask("off")
         answer = "I can only speak about what this study shows."
     return [Message("user", ask), Message("assistant", answer)]
 
@@ -228,16 +326,20 @@ def question_turns(g: torch.Generator, f: Facts) -> list[Message]:
 TURNS = (segment_turns, detect_turns, report_turns, reconstruct_turns, question_turns)
 
 
-def describe(record: Record, g: torch.Generator) -> Record:
-    """Add caption, facts and conversations: two to ten drawn exchanges, of which reports take most of the words."""
+def describe(record: Record, g: torch.Generator, *, wide: bool = False) -> Record:
+    """Add caption, facts and conversations: two to ten drawn exchanges, of which reports take most of the words.
+
+    Args:
+        wide: In every wording, with what lesions may be; or plainly.
+    """
     assert record.labels is not None
     assert record.lesions is not None
     record = replace(record, signal=signal_words(normalise(record.images)[:, 1], record.labels, record.lesions))
-    f = facts_of(record)
-    exchanges = [pick(g, TURNS, (0.27, 0.18, 0.14, 0.12, 0.29))(g, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
+    f, v = facts_of(record), Voice(g, wide)
+    exchanges = [pick(g, TURNS, (0.27, 0.18, 0.14, 0.12, 0.29))(v, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
     return replace(
         record,
-        caption=report(g, f),
+        caption=report(v, f),
         conversations=tuple(tuple(e) for e in exchanges),
         facts=(f.plane, f.sequence, *f.groups, *f.places),
     )

@@ -12,7 +12,8 @@ from omnimri.volume import Volume
 
 from .describe import describe
 from .recipe import Recipe, generator
-from .scanner import CODE_OF_EXTRA, draw_scan, scan_record
+from .scanner import draw_scan, scan_record
+from .tissue import CODE
 
 # name, centre (right, anterior, superior) and radii in mm; sided parts are given for the right side.
 _PARTS: tuple[tuple[str, tuple[float, float, float], tuple[float, float, float]], ...] = (
@@ -51,19 +52,24 @@ class Phantom(Recipe):
         """One study of one analytic head."""
         g = generator(seed, self.name, index)
         jitter = 1 + 0.04 * torch.randn(len(_PARTS), 3, generator=g).clamp(-2, 2)
+        box = (torch.tensor([-62.0, -76, -54]), torch.tensor([62.0, 76, 56]))
         scan = draw_scan(
             g,
             num_slices=self.num_slices,
             size=self.image_size,
-            brain_box=(torch.tensor([-62.0, -76, -54]), torch.tensor([62.0, 76, 56])),
+            brain_box=box,
             head_centre=torch.tensor([0.0, 4, 0]),
             mirror=self.mirror,
+            normal_share=0.4,
             variation=0.3,
-            sequences=(0.24, 0.19, 0.24, 0.08, 0.23, 0.02),
+            sequences={"T1w": 0.24, "T1w-Gd": 0.19, "T2w": 0.24, "PDw": 0.08, "FLAIR": 0.23, "other": 0.02},
         )
-        found = scan_record(
-            g, scan, lambda p: head_codes(p, jitter), size=self.image_size, with_kspace=self.with_kspace, device=self.device
-        )
+
+        def lookup(points: Tensor, offsets: Tensor) -> Tensor:
+            return torch.stack([head_codes((points + o.to(points.device).view(3, 1, 1, 1)).movedim(0, -1), jitter) for o in offsets])
+
+        found = scan_record(g, scan, lookup, brain_box=box, ventricles=None, size=self.image_size, num_samples=1,
+                            with_kspace=self.with_kspace, device=self.device)
         return describe(found, g)
 
 
@@ -77,10 +83,10 @@ def head_codes(points: Tensor, jitter: Tensor) -> Tensor:
         return ((x - centre[0]) / a) ** 2 + ((y - centre[1]) / b) ** 2 + ((z - centre[2]) / c) ** 2 < 1
 
     codes = torch.zeros(points.shape[:-1], dtype=torch.uint8, device=points.device)
-    codes[inside((0, 4, 0), torch.tensor([84.0, 100, 79]))] = CODE_OF_EXTRA["skin"]
-    codes[inside((0, 4, 0), torch.tensor([80.0, 96, 75]))] = CODE_OF_EXTRA["bone"]
-    codes[inside((34, 93, -14), torch.tensor([12.0, 12, 12]))] = CODE_OF_EXTRA["eye"]
-    codes[inside((-34, 93, -14), torch.tensor([9.0, 9, 9]))] = CODE_OF_EXTRA["eye"]
+    codes[inside((0, 4, 0), torch.tensor([84.0, 100, 79]))] = CODE["skin"]
+    codes[inside((0, 4, 0), torch.tensor([80.0, 96, 75]))] = CODE["bone"]
+    codes[inside((34, 93, -14), torch.tensor([12.0, 12, 12]))] = CODE["eye"]
+    codes[inside((-34, 93, -14), torch.tensor([9.0, 9, 9]))] = CODE["eye"]
     for (name, centre, radii), scale in zip(_PARTS, jitter, strict=True):
         size = torch.tensor(radii) * scale
         if name in _SIDED:

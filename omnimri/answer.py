@@ -23,6 +23,8 @@ _PARAMETERS = {
 _UNITS = {"<tr>": " ms", "<te>": " ms", "<ti>": " ms", "<tesla>": " T"}
 _NONE = re.compile(r"\bno (focal )?lesions?\b|\bno lesion\b", re.IGNORECASE)
 _ONE = re.compile(r"\b(one|a single) lesion\b", re.IGNORECASE)
+_DISEASE = re.compile(r"\b(mass|tumou?r|\w*glioma|meningioma|metasta\w+|infarct|stroke|ha?emorrhage|bleed|abscess|demyelination|small-vessel)\b",
+                      re.IGNORECASE)
 _MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
 _PLANE = re.compile(r"\b(axial|coronal|sagittal|oblique)\b", re.IGNORECASE)
 _ASKS_PLANE = re.compile(r"\b(plane|orientation)\b", re.IGNORECASE)
@@ -137,8 +139,8 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
     shown: list[Lesion] = []
     notes: list[str] = []
     for sentence in sentences(raw):
-        lesional = LESION in sentence
-        number = sentence.count("<segment>") if lesional else 0
+        number = sentence.count("<segment>") if LESION in sentence else 0
+        lesional = LESION in sentence or bool(_DISEASE.search(sentence))
         wrong = (
             ("denies a lesion that has a mask", bool(_NONE.search(sentence)) and bool(lesions)),
             ("denies lesions, which this checkpoint cannot", bool(_NONE.search(sentence)) and not can_deny),

@@ -39,6 +39,14 @@ class Record:
     """(S, H, W) uint8: 0, or the lesion's rank by volume, from 1."""
     lesion_places: tuple[str, ...] | None = None
     """Place of each lesion by rank, such as `left cerebral white matter`."""
+    lesion_kinds: tuple[str, ...] | None = None
+    """What each lesion was made as, such as `meningioma`; for describing it where its look tells."""
+    lesion_lobes: tuple[str, ...] | None = None
+    """Lobe of each lesion, such as `left frontal lobe`; empty where it lies in none or near a border."""
+    technique: str = ""
+    """How the sequence was made, such as `MPRAGE` or `DWI`."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Of the acquisition: `field_t`, `tr_ms`, `te_ms`, `ti_ms`, `b_value`."""
     signal: tuple[str, ...] = ()
     """How bright masks are against white matter, in words (`measure.signal_words`)."""
     caption: str = ""

@@ -133,10 +133,19 @@ def side_of(right: Tensor) -> str:
 
 
 def location(mask: Tensor, labels: Tensor) -> str:
-    """Name of the structure that most of the mask lies in, or `unlabelled region`."""
+    """Name of the structure that most of the mask lies in, or `unlabelled region` (`place_of`)."""
     inside = labels[mask]
-    counts = torch.stack([(inside == s.label).sum() for s in STRUCTURES])
-    return NAMES[int(counts.argmax())] if int(counts.max()) else "unlabelled region"
+    return place_of(torch.stack([(inside == s.label).sum() for s in STRUCTURES])) or "unlabelled region"
+
+
+def place_of(counts: Tensor) -> str:
+    """Name of the structure with the highest of (len(NAMES),) voxel counts; empty where all are zero.
+
+    What presses on the brain from outside lies in its fluid; it is named by the tissue it touches, where that is a tenth of it.
+    """
+    tissue = counts * torch.tensor([s.tissue != "csf" for s in STRUCTURES], device=counts.device)
+    counts = tissue if 10 * int(tissue.sum()) >= int(counts.sum()) else counts
+    return NAMES[int(counts.argmax())] if int(counts.max()) else ""
 
 
 def signal_sentence(signal: Mapping[str, str]) -> str:
@@ -160,8 +169,8 @@ def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, 
     sick = (lesions > 0) & (lesions < 255)
 
     def middle(names: tuple[str, ...]) -> float | None:
-        wanted = [k for k, s in enumerate(STRUCTURES, 1) if s.name.removeprefix("left ").removeprefix("right ") in names]
-        where = torch.isin(classes.long(), torch.tensor(wanted, device=classes.device)) & ~sick
+        wanted = [0, *(s.name.removeprefix("left ").removeprefix("right ") in names for s in STRUCTURES)]
+        where = torch.tensor(wanted, dtype=torch.bool, device=classes.device)[classes.int()] & ~sick
         return float(image[where].median()) if int(where.sum()) >= 50 else None
 
     white = middle(("cerebral white matter",))

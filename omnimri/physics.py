@@ -18,10 +18,27 @@ def inversion_recovery(
     return pd * (1 - 2 * torch.exp(-ti_ms / t1_ms) + torch.exp(-tr_ms / t1_ms)).abs() * torch.exp(-te_ms / t2_ms)
 
 
-def spoiled_gradient_echo(pd: Tensor, t1_ms: Tensor, *, tr_ms: Tensor, flip_rad: Tensor) -> Tensor:
-    """Spoiled gradient-echo magnitude at short TE: Ernst's formula."""
+def spoiled_gradient_echo(
+    pd: Tensor, t1_ms: Tensor, t2s_ms: Tensor, *, tr_ms: Tensor, te_ms: Tensor, flip_rad: Tensor
+) -> Tensor:
+    """Spoiled gradient-echo magnitude: Ernst's formula with decay at T2*."""
     e1 = torch.exp(-tr_ms / t1_ms)
-    return pd * torch.sin(flip_rad) * (1 - e1) / (1 - torch.cos(flip_rad) * e1)
+    return pd * torch.sin(flip_rad) * (1 - e1) / (1 - torch.cos(flip_rad) * e1) * torch.exp(-te_ms / t2s_ms)
+
+
+def diffusion_weighted(signal: Tensor, adc: Tensor, *, b_value: Tensor) -> Tensor:
+    """Signal under diffusion weighting, S0 exp(-b ADC), ADC in 1e-3 mm^2/s and b in s/mm^2 (Le Bihan, Radiology 1986)."""
+    return signal * torch.exp(-b_value * adc * 1e-3)
+
+
+def t1_at(t1_ms: Tensor, exponent: Tensor, *, field_t: float) -> Tensor:
+    """T1 at a field strength from T1 at 3 T, T1 ~ B0^exponent (Rooney et al., MRM 2007)."""
+    return t1_ms * (field_t / 3.0) ** exponent
+
+
+def t2_star_at(t2_ms: Tensor, t2s_ms: Tensor, *, field_t: float) -> Tensor:
+    """T2* at a field strength from T2 and T2* at 3 T: what dephases beyond T2 grows linearly with the field."""
+    return 1 / (1 / t2_ms + (1 / t2s_ms - 1 / t2_ms).clamp(min=0) * field_t / 3.0)
 
 
 def fft2c(x: Tensor) -> Tensor:

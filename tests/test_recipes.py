@@ -7,8 +7,8 @@ import torch
 
 from data_recipes import RECIPES, Mixture, Phantom, Recipe
 from data_recipes.__main__ import main
-from data_recipes.scanner import CLASS_OF_CODE, NUM_CODES, SIDED, swap_sides
 from data_recipes.store import Stored, build
+from data_recipes.tissue import CLASS_OF_CODE, NUM_CODES, SIDED, swap_sides
 from omnimri.anatomy import NAMES
 from omnimri.grid import COLUMNS, Grid
 from omnimri.tasks import Segment
