@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import html
 import os
 import sys
 from pathlib import Path
@@ -22,35 +21,6 @@ def make(name: str, data: str | None) -> Recipe:
     if name == "synthetic" and data:
         return Synthetic(data)
     raise ValueError(f"expected a recipe from {', '.join(RECIPES)} (synthetic with --data FOLDER), got {name!r}")
-
-
-def show(recipe: Recipe, *, seed: int, count: int, out: Path) -> None:
-    """Write an HTML page of records: slices, masks, text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from omnimri.example import normalise
-
-    out.mkdir(parents=True, exist_ok=True)
-    parts = ["<!doctype html><meta charset=utf-8><title>records</title><p>Research use only. Not a medical device.</p>"]
-    for i in range(count):
-        record = recipe.record(seed, i)
-        images = normalise(record.images)[:, 1]
-        figure, axes = pyplot.subplots(2, len(images), figsize=(2 * len(images), 4), squeeze=False)
-        for k, image in enumerate(images):
-            axes[0, k].imshow(image, cmap="gray", vmin=0, vmax=1.2)
-            axes[1, k].imshow(record.labels[k], cmap="nipy_spectral", vmin=0, vmax=33)
-            axes[1, k].contour((record.lesions[k] > 0) & (record.lesions[k] < 255), [0.5], colors="white")
-        for axis in axes.flat:
-            axis.axis("off")
-        figure.tight_layout()
-        figure.savefig(out / f"{i}.png", dpi=70)
-        pyplot.close(figure)
-        said = "".join(f"<li><b>{m.role}</b> {html.escape(m.text)}</li>" for chat in record.conversations for m in chat)
-        parts.append(f"<h3>{i}: {record.plane} {record.sequence}</h3><img src={i}.png><p>{html.escape(record.caption)}</p><ul>{said}</ul>")
-    (out / "index.html").write_text("\n".join(parts))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +47,11 @@ def main(argv: list[str] | None = None) -> int:
 
             print(f"{build(recipe, seed=args.seed, count=args.count, out=args.out)} records in {args.out}")
         else:
-            show(recipe, seed=args.seed, count=args.count, out=args.out)
+            from omnimri.checkpoint import EMBEDDED, load_tokenizer
+
+            from .page import show
+
+            show(recipe, load_tokenizer(EMBEDDED), seed=args.seed, count=args.count, out=args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

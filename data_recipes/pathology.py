@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .head import Lattice, Push
 from .recipe import pick, uniform
-from .tissue import AFTER_LESIONS, BASE_OF_CODE, CODE, FIRST_LESION, NUM_CODES, NUM_STRUCTURES
+from .tissue import AFTER_LESIONS, BASE_OF_CODE, CODE, FIRST_LESION, NUM_CODES, NUM_STRUCTURES, SIDE_OF_CODE
 
 KINDS = {
     # name: (share, where it begins)
@@ -69,6 +69,10 @@ class Spot:
     waves: Tensor
     """(N, 4): wave vector over the half axes, phase."""
     roughness: float
+    side: int
+    """It does not cross the midline: 1 left, 2 right, 0 where it began in neither."""
+    territory: int
+    """An infarct stays in the territory of one artery (`territory_of`); 0 for what is none."""
     layers: tuple[tuple[float, str, str], ...]
     """(level, tissue, what it may replace: white, solid, room), from the outermost inwards."""
 
@@ -105,8 +109,23 @@ def touching(where: Tensor) -> Tensor:
     return torch.nn.functional.max_pool2d(where[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
-def draw_spot(g: torch.Generator, kind: str, centre: Tensor, *, variation: float) -> tuple[Spot, list[Push]]:
-    """Draw size, shape and tissues of a lesion at (3,) mm in scan space."""
+def territory_of(at: Tensor) -> Tensor:
+    """(...) uint8 artery that feeds each (3, ...) place in the brain's box (0 to 1, RAS+): 1 anterior, 2 middle, 3 posterior
+    cerebral, 4 those of brain-stem and cerebellum; by planes, after Damasio, Arch Neurol 1983.
+    """
+    x, y, z = at
+    middle = (x - 0.5).abs()
+    found = torch.full(x.shape, 2, dtype=torch.uint8, device=at.device)
+    found[(middle < 0.14) & (y > 0.35) & (z > 0.45)] = 1
+    found[(y < 0.26) | ((middle < 0.2) & (y < 0.5) & (z < 0.5))] = 3
+    found[(z < 0.33) & (y < 0.5)] = 4
+    return found
+
+
+def draw_spot(
+    g: torch.Generator, kind: str, centre: Tensor, *, side: int, at: Tensor, variation: float
+) -> tuple[Spot, list[Push]]:
+    """Draw size, shape and tissues of a lesion at (3,) mm in scan space, which is at (3,) in the brain's box."""
 
     def size(low: float, high: float) -> float:
         return math.exp(uniform(g, math.log(low), math.log(high)))
@@ -160,7 +179,8 @@ def draw_spot(g: torch.Generator, kind: str, centre: Tensor, *, variation: float
     number = 5
     waves = torch.cat([torch.randn(number, 3, generator=g) * torch.linspace(1.0, 3.5, number)[:, None],
                        torch.rand(number, 1, generator=g) * 2 * math.pi], 1)
-    spot = Spot(kind, centre, axes, turn, waves, rough * min(1.0, 0.5 + variation / 2), tuple(layers))
+    territory = int(territory_of(at)) if "infarct" in kind else 0
+    spot = Spot(kind, centre, axes, turn, waves, rough * min(1.0, 0.5 + variation / 2), side, territory, tuple(layers))
     mean = float(axes.prod()) ** (1 / 3)
     pushes = [Push(centre, mean, mean * uniform(g, 2.2, 3.2), mass)] if mass and mean > 4 else []
     return spot, pushes
@@ -177,7 +197,9 @@ def level(spot: Spot, off: Tensor) -> Tensor:
     return (x * x + y * y + z * z).sqrt_() + spot.roughness * bend
 
 
-def write(spot: Spot, number: int, codes: Tensor, owner: Tensor, lattice: Lattice, offsets: Tensor) -> None:
+def write(
+    spot: Spot, number: int, codes: Tensor, owner: Tensor, lattice: Lattice, offsets: Tensor, relative: Tensor
+) -> None:
     """Write one lesion in place.
 
     Args:
@@ -185,6 +207,7 @@ def write(spot: Spot, number: int, codes: Tensor, owner: Tensor, lattice: Lattic
         codes: (K, P, H, W) uint8.
         owner: (P, H, W) uint8, which lesion wrote the first sample of a pixel.
         offsets: (K, 3) mm of the samples of a pixel.
+        relative: (3, P, H, W) places in the brain's box.
     """
     box = lattice.near(spot.centre_mm, spot.reach_mm)
     if box is None:
@@ -192,13 +215,19 @@ def write(spot: Spot, number: int, codes: Tensor, owner: Tensor, lattice: Lattic
     device = codes.device
     off = lattice.points(box) - spot.centre_mm.to(device).view(3, 1, 1, 1)
     tables = {"white": WHITE.to(device), "solid": SOLID.to(device), "room": ROOM.to(device)}
+    sides = SIDE_OF_CODE.to(device)
+    fed = territory_of(relative[(slice(None), *box)]) == spot.territory if spot.territory else None
     wmh = torch.where(CODE["right cerebral white matter"] == BASE_OF_CODE, CODE["right wmh"], CODE["left wmh"]).to(device)
     for k, shift in enumerate(offsets):
         value = level(spot, off + shift.to(device).view(3, 1, 1, 1))
         here = codes[k][box]
+        own = sides[here.int()]
+        allowed = (own == spot.side) | (own == 0)
+        if fed is not None:
+            allowed &= fed
         for reach, tissue, replaces in spot.layers:
             index = here.int()
-            where = (value < reach) & tables[replaces][index]
+            where = (value < reach) & allowed & tables[replaces][index]
             here[where] = wmh[index[where]].to(torch.uint8) if tissue == "wmh" else CODE[tissue]
         if k == 0:
-            owner[box][(value < spot.layers[0][0]) & (here >= FIRST_LESION) & (here < AFTER_LESIONS)] = number
+            owner[box][(value < spot.layers[0][0]) & allowed & (here >= FIRST_LESION) & (here < AFTER_LESIONS)] = number

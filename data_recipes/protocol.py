@@ -49,8 +49,8 @@ def draw_protocol(g: torch.Generator, sequence: str) -> Protocol:
     if sequence in ("T1w", "T1w-Gd"):
         technique = pick(g, ("MPRAGE", "SPGR", "SE"), (0.5, 0.3, 0.2))
         if technique == "MPRAGE":
-            ti = longer * uniform(g, 750, 1100)
-            return Protocol(sequence, technique, field, ti * uniform(g, 2.0, 2.8), uniform(g, 2, 5), ti, uniform(g, 7, 12))
+            ti = longer * uniform(g, 850, 1250)
+            return Protocol(sequence, technique, field, ti * uniform(g, 2.0, 2.6), uniform(g, 2, 5), ti, uniform(g, 7, 12))
         if technique == "SPGR":
             return Protocol(sequence, technique, field, longer * uniform(g, 8, 35), uniform(g, 1.5, 6), 0.0, uniform(g, 18, 35))
         return Protocol(sequence, technique, field, longer * uniform(g, 350, 700), uniform(g, 8, 18))
@@ -77,8 +77,10 @@ def signals(g: torch.Generator, protocol: Protocol, variation: float = 1.0) -> t
 
     Tissues differ from head to head: each has its own parameters, brain tissues of one kind vary together, and both sides agree.
     """
-    spread = 1 + 0.06 * variation * torch.randn(NUM_CODES, 5, generator=g)
-    shared = {t: 1 + 0.07 * variation * torch.randn(5, generator=g) for t in BRAIN}
+    narrow = variation * torch.tensor([0.4, 1.0, 1.0, 1.0, 1.0])  # proton density differs least
+    spread = 1 + 0.06 * narrow * torch.randn(NUM_CODES, 5, generator=g)
+    person = 1 + 0.06 * narrow * torch.randn(5, generator=g)
+    shared = {t: (person if t != "csf" else 1.0) * (1 + 0.03 * narrow * torch.randn(5, generator=g)) for t in BRAIN}
     for k, s in enumerate(STRUCTURES, 1):
         spread[k] = 1 + (spread[k] - 1) * 0.4
         spread[k] *= shared[s.tissue]

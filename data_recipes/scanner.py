@@ -34,6 +34,7 @@ from .tissue import (
     FLUID_SHELLS,
     HEAD_CODES,
     NUM_STRUCTURES,
+    SIDE_OF_CODE,
     WHITE_SHELLS,
     swap_sides,
 )
@@ -160,7 +161,7 @@ def draw_remap(g: torch.Generator, scan: Scan) -> Tensor:
                 table[CODE[f"{side} periventricular {k}"]] = CODE[f"{side} lateral ventricle"]
     if scan.stripped:
         table[list(HEAD_CODES)] = 0
-        style = pick(g, ("all fluid", "near fluid", "no fluid", "tight"), (0.35, 0.3, 0.25, 0.1))
+        style = pick(g, ("all fluid", "near fluid", "no fluid", "tight"), (0.4, 0.35, 0.2, 0.05))
         kept = {"all fluid": FLUID_SHELLS + 1, "near fluid": pick(g, (1, 2))}.get(style, 0)
         for k in range(1, FLUID_SHELLS + 1):
             if k > kept:
@@ -170,8 +171,7 @@ def draw_remap(g: torch.Generator, scan: Scan) -> Tensor:
         if style == "tight":
             for side in ("left", "right"):
                 table[CODE[f"{side} cortex 1"]] = 0
-        if uniform(g, 0, 1) < 0.3:
-            table[CODE["vessel"]] = 0
+        table[CODE["vessel"]] = 0
     return table
 
 
@@ -217,6 +217,8 @@ def scan_record(
     offsets = torch.zeros(num_samples, 3)
     offsets[:, list(lattice.axes)] = SAMPLES[:num_samples] * pixel
     inner = offsets @ warp.matrix.T * torch.tensor([-1.0 if scan.mirrored else 1.0, 1.0, 1.0])
+    low, high = (corner.to(device).view(3, 1, 1, 1) for corner in brain_box)
+    relative = (points - low) / (high - low)
     spots = []
     if disease:
         coarse = remap[lookup(points[:, :, 2::4, 2::4], torch.zeros(1, 3))[0].int()]
@@ -226,18 +228,21 @@ def scan_record(
                 continue
             p, r, c = found[int(torch.randint(len(found), (), generator=g))].tolist()
             centre = lattice.points((slice(p, p + 1), slice(4 * r + 2, 4 * r + 3), slice(4 * c + 2, 4 * c + 3))).flatten().cpu()
-            spot, pushes = draw_spot(g, kind, centre, variation=scan.variation)
+            at = relative[:, p, 4 * r + 2, 4 * c + 2].cpu()
+            side = int(SIDE_OF_CODE[int(coarse[p, r, c])])
+            spot, pushes = draw_spot(g, kind, centre, side=side, at=at, variation=scan.variation)
             spots.append(spot)
             for push in pushes:
                 push(points, lattice)
     codes = lookup(points, inner)
-    if uniform(g, 0, 1) < 0.3 * scan.variation:
-        codes = torch.where(points[2] < float(brain_box[0][2]) - uniform(g, 0, 60), 0, codes)  # no neck
+    neckless = uniform(g, 0, 1) < 0.3 * scan.variation
+    if scan.stripped or neckless:
+        codes = torch.where(points[2] < float(brain_box[0][2]) - (2 if scan.stripped else uniform(g, 0, 60)), 0, codes)
     codes = remap.index_select(0, codes.view(-1).int()).view(codes.shape)
     plain = CLASS_OF_CODE.to(device).index_select(0, codes[0].view(-1).int()).view(codes[0].shape)
     owner = torch.zeros_like(codes[0])
     for number, spot in enumerate(spots, 1):
-        write(spot, number, codes, owner, lattice, offsets)
+        write(spot, number, codes, owner, lattice, offsets, relative)
     if hydrocephalus or (disease and disease[0] == "white-matter hyperintensity" and uniform(g, 0, 1) < 0.6):
         periventricular(g, codes, "oedema" if hydrocephalus else "wmh")
     kinds = ["hydrocephalus with transependymal oedema" if hydrocephalus else "white-matter hyperintensity", *(s.kind for s in spots)]
@@ -255,8 +260,7 @@ def scan_record(
         for labels in (plain, codes[0], owner):
             labels.narrow(quality.phase_axis, labels.shape[quality.phase_axis] - quality.wrap, quality.wrap).zero_()
     lesions, places, told = lesions_of(codes[0][middle], plain[middle], owner[middle], own, kinds, scan.protocol.sequence, quality.noise)
-    relative = (points[:, middle] - brain_box[0].to(device).view(3, 1, 1, 1)) / (brain_box[1] - brain_box[0]).to(device).view(3, 1, 1, 1)
-    lobes = tuple(lobe_of(place, relative[:, lesions == r].mean(1)) for r, place in enumerate(places, 1))
+    lobes = tuple(lobe_of(place, relative[:, middle][:, lesions == r].mean(1)) for r, place in enumerate(places, 1))
     record = Record(
         images=images,
         positions_mm=scan.positions_mm,

@@ -92,6 +92,9 @@ BASE_OF_CODE = _bases()
 CLASS_OF_CODE = torch.where(BASE_OF_CODE <= NUM_STRUCTURES, BASE_OF_CODE, 0)
 CLASS_OF_CODE[CODE["left wmh"]] = CODE["left cerebral white matter"]
 CLASS_OF_CODE[CODE["right wmh"]] = CODE["right cerebral white matter"]
+SIDE_OF_CODE = torch.zeros(NUM_CODES, dtype=torch.uint8)
+for _name, _k in CODE.items():
+    SIDE_OF_CODE[_k] = 1 if _name.startswith("left") else 2 if _name.startswith("right") else 0
 SIDED = tuple((k, CODE[n.replace("left", "right")]) for n, k in CODE.items() if n.startswith("left"))
 
 

@@ -23,8 +23,8 @@ _PARAMETERS = {
 _UNITS = {"<tr>": " ms", "<te>": " ms", "<ti>": " ms", "<tesla>": " T"}
 _NONE = re.compile(r"\bno (focal )?lesions?\b|\bno lesion\b", re.IGNORECASE)
 _ONE = re.compile(r"\b(one|a single) lesion\b", re.IGNORECASE)
-_DISEASE = re.compile(r"\b(mass|tumou?r|\w*glioma|meningioma|metasta\w+|infarct|stroke|ha?emorrhage|bleed|abscess|demyelination|small-vessel)\b",
-                      re.IGNORECASE)
+_DISEASE = re.compile(r"\b(mass|tumou?r|\w*glioma|meningioma|metasta\w+|infarct|stroke|ha?emorrhage|bleed|abscess|demyelination"
+                      r"|small-vessel)\b", re.IGNORECASE)
 _MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
 _PLANE = re.compile(r"\b(axial|coronal|sagittal|oblique)\b", re.IGNORECASE)
 _ASKS_PLANE = re.compile(r"\b(plane|orientation)\b", re.IGNORECASE)

@@ -235,7 +235,7 @@ _FILL = {"text_labels": IGNORE, "sequence_labels": IGNORE}
 
 
 def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
-    """Stack examples of equal slice number and image size; token fields are padded on the right.
+    """Stack examples of equal slice number and image size; token fields are padded on the right, receive coils with empty ones.
 
     Raises:
         ValueError: the examples' images differ in shape.
@@ -251,7 +251,7 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
         else:
             longest = max(len(v) for v in values)
             fill = pad_id if f.name in _IDS else _FILL.get(f.name, 0)
-            stacked = values[0].new_full((len(values), longest), fill)
+            stacked = values[0].new_full((len(values), longest, *values[0].shape[1:]), fill)
             mask = torch.zeros(len(values), longest, dtype=torch.long)
             for i, v in enumerate(values):
                 stacked[i, : len(v)] = v
