@@ -82,9 +82,8 @@ def _kernel(weights: Tensor) -> Tensor:
 def _window(n: int, share: float, taper: float) -> Tensor:
     """(N,) weights of centred frequencies: a plateau with a Hann edge over the share `taper` of it."""
     u = ((torch.arange(n) - n // 2) / (n / 2 * share)).abs()
-    edge = max(taper, 1e-6)
-    w = 0.5 + 0.5 * torch.cos(math.pi * ((u - 1 + edge) / edge).clamp(0, 1))
-    return torch.where(u <= 1 + 1e-6, w, 0.0)
+    inside = (u <= 1 + 1e-6).float()
+    return inside * (0.5 + 0.5 * torch.cos(math.pi * ((u - 1 + taper) / taper).clamp(0, 1))) if taper else inside
 
 
 def blurred(images: Tensor, q: Quality, pixel_mm: float) -> Tensor:

@@ -26,6 +26,8 @@ EXTRA_OF_LABEL = {
     30: "vessel", 62: "vessel", 72: "fifth ventricle", 85: "chiasm", 502: "vessel", 506: "eye", 507: "soft tissue",
     508: "optic nerve", 509: "mucosa", 511: "skin", 512: "cord", 514: "dura", 515: "bone", 516: "marrow", 530: "eye",
 }
+PAD = 10
+"""Voxels of air around a label map; samples lie at most `PAD` - 1 beyond its edge."""
 SAME_AS = {136: 4, 137: 5, 163: 43, 164: 44, 25: 0, 57: 0}
 
 
@@ -34,9 +36,9 @@ class Head:
     """One person."""
 
     codes: Tensor
-    """(X, Y, Z) uint8, RAS+ voxels of 1 mm; the outermost layer is background."""
+    """(X, Y, Z) uint8, RAS+ voxels of 1 mm, with `PAD` voxels of air on every side."""
     low: Tensor
-    """(3,) lowest corner of the brain."""
+    """(3,) lowest corner of the brain, in voxels of the map without its padding, as all places are."""
     high: Tensor
     centre: Tensor
     """(3,) middle of the head."""
@@ -46,10 +48,11 @@ class Head:
     def lookup(self, points: Tensor, offsets: Tensor) -> Tensor:
         """Codes at points, once for each offset; background outside. A `Lookup`."""
         _, b, c = self.codes.shape
-        x, y, z = (p.clamp(1.0, n - 2.0) for p, n in zip(points, self.codes.shape, strict=True))
+        assert float(offsets.abs().max()) < PAD - 5
+        x, y, z = (p.clamp(-4.0, n - 2 * PAD + 3.0) for p, n in zip(points, self.codes.shape, strict=True))
         flat = self.codes.view(-1)
         found = torch.empty(len(offsets), *x.shape, dtype=torch.uint8, device=points.device)
-        for k, (dx, dy, dz) in enumerate((offsets + 0.5).tolist()):
+        for k, (dx, dy, dz) in enumerate((offsets + (PAD + 0.5)).tolist()):
             index = ((x + dx).int() * b + (y + dy).int()) * c + (z + dz).int()
             torch.index_select(flat, 0, index.view(-1), out=found[k].view(-1))
         return found
@@ -91,10 +94,7 @@ def read_head(path: Path, device: torch.device) -> Head:
     low, high = torch.quantile(brain[::7], torch.tensor([0.001, 0.999]).double(), dim=0).float()
     head = torch.nonzero((codes > 0)[::2, ::2, ::2]).float() * 2
     centre = (torch.quantile(head[::37], 0.001, dim=0) + torch.quantile(head[::37], 0.999, dim=0)) / 2
-    for axis in range(3):
-        codes.select(axis, 0).zero_()
-        codes.select(axis, -1).zero_()
-    codes = with_shells(codes, low, high)
+    codes = F.pad(with_shells(codes, low, high), [PAD] * 6)
     return Head(codes.to(device).contiguous().share_memory_(), low, high, centre, torch.stack([s.mean(0) for s in sides]))
 
 

@@ -1,0 +1,278 @@
+"""The synthetic recipe: physics by closed forms, lesions that lie where their masks say, text that the image can show."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from data_recipes import Synthetic
+from data_recipes.__main__ import main
+from data_recipes.acquisition import Quality, acquire, blurred, simulate_kspace
+from data_recipes.describe import LOOKS, Facts, finding, level5
+from data_recipes.head import Lattice, read_head
+from data_recipes.pathology import KINDS, draw_spot, write
+from data_recipes.phantom import head_codes
+from data_recipes.protocol import draw_protocol, signals
+from data_recipes.recipe import generator
+from data_recipes.tissue import CODE, NUM_CODES, SIDE_OF_CODE
+from data_recipes.wording import REQUESTS, Voice
+from omnimri.anatomy import NAMES, SEQUENCES, STRUCTURES
+from omnimri.physics import diffusion_weighted, inversion_recovery, spin_echo, spoiled_gradient_echo, t1_at, t2_star_at
+
+CLEAN = Quality(resolution=(1.0, 1.0), partial_fourier=1.0, phase_axis=1, taper=0.0, noise=0.0, amplification=1.0, bias=0.0)
+WHITE, GREY, FLUID = (CODE[n] for n in ("left cerebral white matter", "left cerebral cortex", "left lateral ventricle"))
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    """A folder with one label map: the analytic head in voxels of 1 mm."""
+    folder = tmp_path_factory.mktemp("maps")
+    axes = [torch.arange(n) - n / 2 for n in (180, 216, 170)]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    codes = head_codes(points, torch.ones(11, 3)).numpy()
+    table = np.zeros(256, dtype=np.int16)
+    for s in STRUCTURES:
+        table[CODE[s.name]] = s.label
+    table[CODE["skin"]], table[CODE["bone"]], table[CODE["eye"]] = 511, 515, 506
+    affine = np.eye(4)
+    affine[:3, 3] = [-90, -108, -85]
+    nibabel.save(nibabel.Nifti1Image(table[codes], affine), folder / "training_seg_01.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(maps):
+    return Synthetic(maps, numbers=(1,), image_size=96, num_slices=4)
+
+
+def one(value):
+    return torch.tensor(float(value))
+
+
+def test_signal_equations_agree_with_closed_forms():
+    pd, t1, t2 = one(0.8), one(1000), one(80)
+    assert float(spin_echo(pd, t1, t2, tr_ms=one(1e7), te_ms=one(80))) == pytest.approx(0.8 / math.e, rel=1e-5)
+    assert float(inversion_recovery(pd, t1, t2, tr_ms=one(1e7), te_ms=one(0), ti_ms=one(1000 * math.log(2)))) == pytest.approx(0, abs=1e-6)
+    ernst = torch.arccos(torch.exp(one(-20 / 1000)))
+    gre = [float(spoiled_gradient_echo(pd, t1, one(50), tr_ms=one(20), te_ms=one(0), flip_rad=ernst + d)) for d in (-0.02, 0.0, 0.02)]
+    assert gre[1] == max(gre)
+    assert gre[1] == pytest.approx(0.8 * math.sqrt((1 - math.exp(-0.02)) / (1 + math.exp(-0.02))), rel=1e-4)
+    assert float(diffusion_weighted(one(1), one(1.0), b_value=one(1000))) == pytest.approx(1 / math.e, rel=1e-5)
+    assert float(t1_at(t1, one(0.38), field_t=3.0)) == pytest.approx(1000)
+    assert float(t1_at(t1, one(0.38), field_t=1.5)) == pytest.approx(1000 * 0.5**0.38, rel=1e-5)
+    assert float(t2_star_at(one(80), one(40), field_t=3.0)) == pytest.approx(40)
+    assert float(t2_star_at(one(80), one(40), field_t=1.5)) == pytest.approx(1 / (1 / 80 + 0.5 / 80), rel=1e-5)
+
+
+@pytest.mark.parametrize("sequence", ["T1w", "T1w-Gd", "T2w", "FLAIR", "PDw"])
+def test_tissues_are_in_the_order_of_each_weighting(sequence):
+    """In every head at every field strength; a few FLAIRs have grey matter like white, as long echo trains do."""
+    right, oedema, wet = 0, 0, 0
+    for i in range(150):
+        g = generator(0, sequence, i)
+        mean, _ = signals(g, draw_protocol(g, sequence))
+        white, grey, fluid = (float(mean[k]) for k in (WHITE, GREY, FLUID))
+        if sequence.startswith("T1w"):
+            right += white > grey > fluid
+        elif sequence == "T2w":
+            right += fluid > grey > white
+        else:
+            right += grey > white
+        oedema += float(mean[CODE["oedema"]]) > grey
+        wet += fluid > white
+    assert right >= (142 if sequence in ("FLAIR", "PDw") else 150)
+    if sequence == "FLAIR":
+        assert oedema >= 147
+        assert wet == 0
+
+
+def test_contrast_agent_brightens_what_enhances_and_nothing_else():
+    with_agent, without = [], []
+    for i in range(40):
+        for sequence, found in (("T1w", without), ("T1w-Gd", with_agent)):
+            mean, _ = signals(generator(1, i), draw_protocol(generator(2, i), sequence))
+            found.append(mean / mean[WHITE])
+    ratio = (torch.stack(with_agent).mean(0) / torch.stack(without).mean(0).clamp(min=1e-6))
+    assert all(float(ratio[CODE[n]]) > 1.3 for n in ("enhancing", "meningioma", "capsule", "active plaque"))
+    assert all(0.8 < float(ratio[CODE[n]]) < 1.2 for n in ("glioma", "oedema", "left cerebral cortex", "gliosis"))
+
+
+def test_partial_volume_is_the_fraction_of_tissues():
+    codes = torch.full((4, 1, 16, 16), WHITE, dtype=torch.uint8)
+    codes[:1, :, 8] = FLUID
+    mean = torch.zeros(NUM_CODES)
+    mean[WHITE], mean[FLUID] = 1.0, 0.2
+    image = acquire(torch.Generator(), codes, mean, torch.zeros(NUM_CODES), CLEAN, pixel_mm=1.0, planes=torch.zeros(1), stripped=False)
+    assert torch.allclose(image[0, 8], torch.tensor(0.8), atol=1e-4)
+    assert torch.allclose(image[0, 2], torch.tensor(1.0), atol=1e-4)
+
+
+def test_acquisition_keeps_what_it_must():
+    image = torch.zeros(1, 64, 64)
+    image[:, 20:44, 24:40] = 1.0
+    assert torch.allclose(blurred(image, CLEAN, 1.0), image, atol=1e-5)
+    coarse = blurred(image, Quality((0.4, 0.4), 1.0, 1, 0.0, 0.0, 1.0, 0.0), 1.0)
+    assert float(coarse.sum()) == pytest.approx(float(image.sum()), rel=1e-3)
+    assert float(coarse.max()) > 1.05  # Gibbs ringing
+    assert float(blurred(image, Quality((0.4, 0.4), 1.0, 1, 1.0, 0.0, 1.0, 0.0), 1.0).max()) < 1.02
+    assert torch.allclose(blurred(image, Quality((1.0, 1.0), 0.75, 1, 0.0, 0.0, 1.0, 0.0), 1.0)[0, 32, 32], torch.tensor(1.0), atol=0.1)
+    moved = blurred(image, Quality((1.0, 1.0), 1.0, 1, 0.0, 0.0, 1.0, 0.0, motion=((1.0, 3.0, -2.0),)), 1.0)
+    assert torch.allclose(moved, torch.roll(image, (3, -2), (1, 2)), atol=1e-3)
+
+
+def test_a_lesions_edge_in_the_image_lies_on_its_mask():
+    """Within a pixel, for every kind, in a block of white matter."""
+    line = torch.arange(80) - 39.5
+    lattice = Lattice("axial", line[::4].clone(), line, line)
+    offsets = torch.tensor([[0.0, 0, 0], [0.3, -0.25, 0.1], [-0.3, 0.25, -0.1]])
+    relative = torch.full((3, 20, 80, 80), 0.5)
+    for kind in KINDS:
+        codes = torch.full((3, 20, 80, 80), WHITE, dtype=torch.uint8)
+        owner = torch.zeros(20, 80, 80, dtype=torch.uint8)
+        spot, _ = draw_spot(generator(3, kind), kind, torch.tensor([2.0, -3.0, 1.0]), side=1, at=torch.full((3,), 0.5), variation=1.0)
+        write(spot, 1, codes, owner, lattice, offsets, relative)
+        mean = torch.where(torch.arange(NUM_CODES) >= CODE["left wmh"], 1.0, 0.2)
+        image = acquire(torch.Generator(), codes, mean, torch.zeros(NUM_CODES), CLEAN, pixel_mm=1.0, planes=lattice.along, stripped=False)
+        mask = codes[0] >= CODE["left wmh"]
+        assert int(mask.sum()) > 3, kind
+        assert bool((owner[mask] == 1).all()), kind
+        bright = image > 0.6
+        grown = torch.nn.functional.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0
+        shrunk = torch.nn.functional.max_pool2d((~mask)[:, None].float(), 3, 1, 1)[:, 0] == 0
+        assert not bool((bright & ~grown).any()), kind
+        assert not bool((shrunk & ~bright).any()), kind
+
+
+def test_lesions_stay_on_their_side():
+    line = torch.arange(64) * 2.0 - 63
+    lattice = Lattice("axial", torch.zeros(1), line, -line)
+    for kind in ("glioblastoma", "acute infarct"):
+        codes = torch.full((1, 1, 64, 64), WHITE, dtype=torch.uint8)
+        codes[..., :32] = CODE["right cerebral white matter"]
+        owner = torch.zeros(1, 64, 64, dtype=torch.uint8)
+        at = torch.tensor([0.45, 0.3, 0.6])
+        spot, _ = draw_spot(generator(0, kind), kind, torch.tensor([-4.0, 0.0, 0.0]), side=1, at=at, variation=1.0)
+        write(spot, 1, codes, owner, lattice, torch.zeros(1, 3), at.view(3, 1, 1, 1).expand(3, 1, 64, 64))
+        assert int((codes[..., 32:] >= CODE["left wmh"]).sum()) > 0
+        assert bool((codes[..., :32] == CODE["right cerebral white matter"]).all())
+
+
+def test_a_record_is_pure_and_its_masks_fit(recipe, maps):
+    """The same bytes again, in another process without vector instructions as well: labels exactly, intensities within 1e-4."""
+    first = recipe.record(3, 5)
+    again = Synthetic(maps, numbers=(1,), image_size=96, num_slices=4).record(3, 5)
+    assert torch.equal(first.images, again.images)
+    assert first.conversations == again.conversations
+    code = ("import hashlib, torch; from data_recipes import Synthetic;"
+            f"r = Synthetic({str(maps)!r}, numbers=(1,), image_size=96, num_slices=4).record(3, 5);"
+            "print(hashlib.sha256(r.labels.numpy().tobytes() + r.lesions.numpy().tobytes() + r.caption.encode()).hexdigest());"
+            "print(*r.images.double().mean((0, 2, 3)).tolist())")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={**os.environ, "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}).stdout.split()
+    digest = hashlib.sha256(first.labels.numpy().tobytes() + first.lesions.numpy().tobytes() + first.caption.encode()).hexdigest()
+    assert out[0] == digest
+    assert [float(v) for v in out[1:]] == pytest.approx(first.images.double().mean((0, 2, 3)).tolist(), rel=1e-4)
+
+
+def test_studies_hold_together(recipe):
+    """Lesions are ranked and described, sides are right, a third is normal, every plane and sequence comes."""
+    normal, planes, sequences = 0, set(), set()
+    for i in range(50):
+        r = recipe.record(0, i)
+        number = int(r.lesions[r.lesions < 255].max())
+        assert number == len(r.lesion_places) == len(r.lesion_kinds) == len(r.lesion_lobes)
+        normal += number == 0
+        planes.add(r.plane)
+        sequences.add(r.sequence)
+        assert all(lobe.split()[0] == place.split()[0] for lobe, place in zip(r.lesion_lobes, r.lesion_places, strict=True) if lobe)
+        assert ("no " in r.caption.lower().split("impression")[-1]) == (number == 0)
+        columns = torch.nonzero(r.labels == CODE["left cerebral white matter"])[:, 2].float()
+        others = torch.nonzero(r.labels == CODE["right cerebral white matter"])[:, 2].float()
+        if r.plane != "sagittal" and min(len(columns), len(others)) > 50:
+            assert float(columns.mean()) > float(others.mean())
+    assert 13 <= normal <= 35
+    assert len(planes) == 3
+    assert len(sequences) == len(SEQUENCES)
+
+
+def test_looks_are_told_only_where_the_sequence_shows_them():
+    for sequence in SEQUENCES:
+        for technique in ("", "DWI", "ADC", "T2*"):
+            if technique and sequence != "other":
+                continue
+            for kind in KINDS:
+                f = Facts("axial", sequence, NAMES, ("left cerebral white matter",), (kind,), ("",), technique, ("brighter",),
+                          {"lesion": "brighter"})
+                voice = Voice(generator(0, sequence, technique, kind), True)
+                said = " ".join(finding(voice, f, 0) + level5(voice, f) for _ in range(20))
+                assert ("enhancing" in said) <= (sequence == "T1w-Gd")
+                assert ("diffusion" in said) <= (technique in ("DWI", "ADC"))
+                assert ("perhaps" in said) == (sequence in LOOKS[kind] or technique in LOOKS[kind])
+                assert said.count("<segment>") == 20
+
+
+def test_wordings_are_many_and_name_what_they_are_about():
+    for name, request in REQUESTS.items():
+        voice = Voice(generator(0, name), True)
+        said = {voice.ask(name, "left putamen") for _ in range(400)}
+        assert len(said) > min(100, request.count() / 3)
+        if "{x}" in request.plain[0]:
+            assert all("left putamen" in s.lower() for s in said)
+        assert len({Voice(generator(0, i), False).ask(name, "x") for i in range(100)}) <= len(request.plain)
+    assert sum(r.count() for r in REQUESTS.values()) > 1000
+
+
+def test_kspace_has_drawn_coils_and_masks():
+    image = torch.rand(64, 64)
+    made = [simulate_kspace(torch.Generator().manual_seed(i), image, size=48) for i in range(30)]
+    assert {len(k["coils"]) for k in made} > {4, 8}
+    for k in made:
+        assert torch.allclose(k["coils"].abs().square().sum(0), torch.ones(48, 48), atol=1e-4)
+        assert bool((k["kspace"][:, :, ~k["mask"][0]] == 0).all())
+        assert 4 <= int(k["mask"].sum()) <= 40
+
+
+def test_label_maps_that_cannot_be_used_are_one_sentence(maps, tmp_path, capsys):
+    good = nibabel.load(maps / "training_seg_01.nii.gz")
+    labels = np.asarray(good.dataobj)
+
+    def read(array, affine=good.affine):
+        nibabel.save(nibabel.Nifti1Image(array.astype(np.int16), affine), tmp_path / "training_seg_01.nii.gz")
+        return read_head(tmp_path / "training_seg_01.nii.gz", torch.device("cpu"))
+
+    for wrong, said in (
+        (lambda: read(np.where(labels == 2, 999, labels)), r"got \[999\]"),
+        (lambda: read(labels, np.diag([2.0, 2, 2, 1])), "voxels of 1 mm"),
+        (lambda: read(labels[:20, :20, :20]), "voxels of 1 mm"),
+        (lambda: read(np.zeros_like(labels)), "a whole brain"),
+        (lambda: read(labels[::-1]), "left on the left"),
+        (lambda: Synthetic(tmp_path / "none", numbers=(1,)), "a folder of label maps"),
+        (lambda: Synthetic(maps, numbers=(1, 2)), "training_seg_02.nii.gz"),
+    ):
+        with pytest.raises(ValueError, match=said) as found:
+            wrong()
+        assert str(found.value).startswith("expected")
+        assert str(tmp_path) not in str(found.value).replace(str(maps), "")
+    (tmp_path / "training_seg_01.nii.gz").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_head(tmp_path / "training_seg_01.nii.gz", torch.device("cpu"))
+    assert main(["show", "synthetic", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 2
+    assert "obtain" in capsys.readouterr().err
+
+
+def test_shells_belong_to_their_structure(maps):
+    head = read_head(maps / "training_seg_01.nii.gz", torch.device("cpu"))
+    counts = torch.bincount(head.codes.flatten().int(), minlength=NUM_CODES)
+    assert all(int(counts[CODE[n]]) > 100 for n in ("left cortex 1", "right periventricular 2", "fluid 1"))
+    left = torch.nonzero(head.codes == CODE["left cortex 1"]).float()
+    right = torch.nonzero(head.codes == CODE["right cortex 1"]).float()
+    assert float(left[:, 0].mean()) < float(right[:, 0].mean())
+    assert int(SIDE_OF_CODE[CODE["left cortex 1"]]) == 1
