@@ -310,7 +310,7 @@ def lesions_of(
     solid = (plain > 0) & ((codes < FIRST_LESION) | (codes >= AFTER_LESIONS))
     for n in (n for n in NAMES if "ventricle" in n or n == "CSF"):
         solid &= plain != 1 + NAMES.index(n)
-    found = torch.where((ranks == 0) & lesion_mask(codes, sequence), 255, 0).to(torch.uint8)
+    found = torch.where(ranks == 255, 255, 0).to(torch.uint8)
     places, told = [], []
     for r in range(1, len(areas) + 1):
         where = ranks == r

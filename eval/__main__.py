@@ -1,4 +1,6 @@
-"""python -m eval tissue | segment | detect | picture: the project's figures on real scans; reading: seconds against other readers."""
+"""python -m eval tissue | segment | detect | picture: the project's figures on real scans; reading: seconds against other readers;
+realism: simulated studies against real scans.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ import numpy as np
 def main(argv: list[str] | None = None) -> int:
     """Run one suite."""
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    parser.add_argument("suite", choices=("tissue", "segment", "detect", "picture", "reading"))
+    parser.add_argument("suite", choices=("tissue", "segment", "detect", "picture", "reading", "realism"))
     parser.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
     parser.add_argument("--scan", type=Path, help="segment: a scan")
     parser.add_argument("--truth", type=Path, help="segment: its FreeSurfer labels (aseg or aparc+aseg)")
     parser.add_argument("--cases", type=Path, help="detect: a folder of BRATS 2013 cases")
+    parser.add_argument("--maps", type=Path, help="realism: the folder of label maps")
+    parser.add_argument("--scans", type=Path, help="realism: the folder that eval/scans.tsv is about")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
 
@@ -40,6 +44,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if args.suite == "tissue":
             results |= tissue_mni(assistant)
+        elif args.suite == "realism":
+            from .realism import measure_realism
+
+            if not args.maps or not args.scans:
+                raise ValueError("expected --maps and --scans")
+            results |= measure_realism(assistant, args.maps, args.scans)
         elif args.suite == "segment":
             if not args.scan or not args.truth:
                 raise ValueError("expected --scan and --truth")

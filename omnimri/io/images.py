@@ -14,6 +14,8 @@ MAX_HEADER_BYTES = 2**20
 SIZES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8, "float": 4, "double": 8}
 DETACHED = re.compile(rb"^\s*(data ?file|ElementDataFile)\s*[:=]+\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 """Where a header names another file for its voxels."""
+AXES = re.compile(rb"NDims\W*(\w*)")
+"""MetaImage's number of axes, which ITK counts up to before it looks at it."""
 
 
 def read_with_itk(path: Path, file_format: str) -> list[Series]:
@@ -31,6 +33,8 @@ def read_with_itk(path: Path, file_format: str) -> list[Series]:
     with path.open("rb") as f:
         header = f.read(MAX_HEADER_BYTES)
     header = header.split(b"\n\n", 1)[0] if file_format == "NRRD" else header[: header.find(b"ElementDataFile") + 300]
+    if not set(AXES.findall(header)) <= {b"2", b"3", b"4"}:
+        raise UnusableError("expected a 3-D or 4-D image, got a header with another number of axes; export one volume")
     for _, named in DETACHED.findall(header):
         beside = path.parent / Path(named.decode("latin-1")).name
         if named.upper() in (b"LOCAL",):
