@@ -14,7 +14,7 @@ MAX_HEADER_BYTES = 2**20
 SIZES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8, "float": 4, "double": 8}
 DETACHED = re.compile(rb"^\s*(data ?file|ElementDataFile)\s*[:=]+\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
 """Where a header names another file for its voxels."""
-AXES = re.compile(rb"NDims\W*(\w*)")
+AXES = re.compile(rb"NDims\s*[=:]?\s*(\S*)")
 """MetaImage's number of axes, which ITK counts up to before it looks at it."""
 
 
