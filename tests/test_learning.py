@@ -175,7 +175,9 @@ def test_stage_4_needs_the_image(runs, held_out):
     model, tokenizer, _ = load_model(runs / "instruct")
     blank = [replace(r, images=torch.rand(r.images.shape)) for r in held_out]
     ask = "What sequence is this?"
-    said = [[reply(model, tokenizer, r, ask) for r in records[:24]] for records in (held_out, blank)]
+    # Noise is called one sequence, whichever: of as many studies of each, most must be called another.
+    asked = [i for s in ("T1w", "T2w", "FLAIR") for i in [k for k, r in enumerate(held_out) if r.sequence.startswith(s)][:8]]
+    said = [[reply(model, tokenizer, records[i], ask) for i in asked] for records in (held_out, blank)]
     assert sum(a != b for a, b in zip(*said, strict=True)) >= 12, said
     told = []
     for records in (held_out, blank):

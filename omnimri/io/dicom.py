@@ -6,6 +6,8 @@ No free text is kept; what a header may tell is in `headers.py`. Runs in the dec
 from __future__ import annotations
 
 import mmap
+import re
+import struct
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ NATIVE = {"1.2.840.10008.1.2": True, "1.2.840.10008.1.2.1": False}
 DEFLATED = "1.2.840.10008.1.2.1.99"
 GDCM = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81))
 """JPEG and JPEG-LS, which pydicom alone cannot decode. GDCM gets nothing else: a damaged RLE of 4 kB takes it 4 GB."""
+SOF = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0..(.{5})", re.DOTALL)
+"""The frame header of JPEG and JPEG-LS: rows, columns, components, which GDCM believes."""
 PIXEL_DATA = 0x7FE00010
 KEYS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 """What tells series apart; none of it leaves."""
@@ -413,6 +417,11 @@ def pixels_of(f: Frame) -> np.ndarray:
     except RuntimeError:  # no decoder of its own, or one that gave up
         if h["TransferSyntaxUID"] not in GDCM:
             raise
+        rows, columns = int(h["Rows"]), int(h["Columns"])
+        for frame in pydicom.encaps.generate_frames(whole.PixelData, number_of_frames=frames):
+            begun = SOF.search(frame)
+            if not begun or struct.unpack(">HHB", begun[1]) != (rows, columns, 1):
+                raise UnusableError("expected frames of the size that the header says, got damaged ones; export the series again") from None
         return _with_gdcm(f.path)
 
 
