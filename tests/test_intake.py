@@ -115,6 +115,25 @@ def test_transfer_syntaxes_agree(name):
     assert np.array_equal(plain.voxels[0, :, :, 0].numpy().T, raw)
 
 
+def test_jpeg_of_twelve_bits(tmp_path):
+    """What only GDCM decodes, in an MR header of ours."""
+    import SimpleITK as sitk  # noqa: N813
+
+    source = pydicom.dcmread(PYDICOM / "JPEG-lossy.dcm")
+    made = pydicom.dcmread(PYDICOM / "MR_small.dcm")
+    for name in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        setattr(made, name, source[name].value)
+    made.PixelData = source.PixelData
+    made.file_meta.TransferSyntaxUID = source.file_meta.TransferSyntaxUID
+    made.save_as(tmp_path / "a.dcm")
+    truth = sitk.GetArrayFromImage(sitk.ReadImage(str(PYDICOM / "JPEG-lossy.dcm")))[0]
+    assert np.array_equal(open_study(tmp_path / "a.dcm").primary.voxels[0, :, :, 0].numpy().T, truth)
+    made.Rows += 8
+    made.save_as(tmp_path / "b.dcm")
+    with pytest.raises(ValueError, match="of the size that the header says"):
+        open_study(tmp_path / "b.dcm")
+
+
 def test_deflated_and_rle_series(scan, tmp_path):
     for syntax in (DeflatedExplicitVRLittleEndian, RLELossless):
         folder = write_dicom(scan, tmp_path / syntax.name.replace(" ", ""))

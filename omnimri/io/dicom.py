@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import tempfile
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -417,24 +418,33 @@ def pixels_of(f: Frame) -> np.ndarray:
     except RuntimeError:  # no decoder of its own, or one that gave up
         if h["TransferSyntaxUID"] not in GDCM:
             raise
-        rows, columns = int(h["Rows"]), int(h["Columns"])
-        for frame in pydicom.encaps.generate_frames(whole.PixelData, number_of_frames=frames):
-            begun = SOF.search(frame)
-            if not begun or struct.unpack(">HHB", begun[1]) != (rows, columns, 1):
-                raise UnusableError("expected frames of the size that the header says, got damaged ones; export the series again") from None
-        return _with_gdcm(f.path)
+        return _with_gdcm(whole, list(pydicom.encaps.generate_frames(whole.PixelData, number_of_frames=frames)))
 
 
-def _with_gdcm(path: Path) -> np.ndarray:
-    """What pydicom's own decoders do not know (JPEG, JPEG-LS), through SimpleITK's GDCM, without its rescaling."""
+def _with_gdcm(whole: Any, frames: list[bytes]) -> np.ndarray:
+    """What pydicom's own decoders do not know (JPEG, JPEG-LS), through SimpleITK's GDCM, which believes whatever lengths it reads:
+    it gets a file with nothing in it but frames of the size that the header says.
+    """
+    import pydicom
     import SimpleITK as sitk  # noqa: N813
 
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    image = reader.Execute()
-    pixels = sitk.GetArrayFromImage(image)
-    rescale = {"0028|1053": 1.0, "0028|1052": 0.0}
-    slope, intercept = (float(reader.GetMetaData(k)) if reader.HasMetaDataKey(k) else d for k, d in rescale.items())
-    pixels = (pixels - intercept) / slope
+    for frame in frames:
+        begun = SOF.search(frame)
+        if not begun or struct.unpack(">HHB", begun[1]) != (whole.Rows, whole.Columns, 1):
+            raise UnusableError("expected frames of the size that the header says, got damaged ones; export the series again")
+    bare = pydicom.Dataset()
+    for name in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        setattr(bare, name, int(whole[name].value))
+    bare.SamplesPerPixel, bare.PhotometricInterpretation, bare.NumberOfFrames = 1, "MONOCHROME2", len(frames)
+    bare.SOPClassUID, bare.SOPInstanceUID = pydicom.uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage, pydicom.uid.generate_uid()
+    bare.PixelData = pydicom.encaps.encapsulate(frames)
+    bare["PixelData"].VR = "OB"
+    bare.file_meta = pydicom.dataset.FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = whole.file_meta.TransferSyntaxUID
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
+        bare.save_as(file.name, enforce_file_format=True)
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(file.name)
+        pixels = sitk.GetArrayFromImage(reader.Execute())
     return pixels[0] if pixels.shape[0] == 1 else pixels
