@@ -16,6 +16,8 @@ from .scanner import draw_scan, scan_record
 
 TRAINING_MAPS = tuple(range(1, 17))
 CHOOSING_MAPS = tuple(range(17, 21))
+LEAST_BRAIN = 0.05
+"""A study with less brain in all, in slices, is drawn again: a thin slab may miss it."""
 
 
 class Synthetic(Recipe):
@@ -56,9 +58,13 @@ class Synthetic(Recipe):
     def record(self, seed: int, index: int) -> Record:
         """One study of one head."""
         g = generator(seed, self.name, index)
-        head = pick(g, self.heads)
-        scan = draw_scan(g, num_slices=self.num_slices, size=self.image_size, brain_box=(head.low, head.high), head_centre=head.centre,
-                         mirror=self.mirror)
-        found = scan_record(g, scan, head.lookup, brain_box=(head.low, head.high), ventricles=head.ventricles, size=self.image_size,
-                            num_samples=5, with_kspace=self.with_kspace, device=self.device)
-        return describe(found, g, wide=True)
+        while True:
+            head = pick(g, self.heads)
+            box = head.low, head.high
+            scan = draw_scan(g, num_slices=self.num_slices, size=self.image_size, brain_box=box, head_centre=head.centre,
+                             mirror=self.mirror)
+            found = scan_record(g, scan, head.lookup, brain_box=box, ventricles=head.ventricles, size=self.image_size, num_samples=5,
+                                with_kspace=self.with_kspace, device=self.device)
+            assert found.labels is not None
+            if int((found.labels > 0).sum()) >= LEAST_BRAIN * self.image_size**2:
+                return describe(found, g, wide=True)
