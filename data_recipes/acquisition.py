@@ -48,7 +48,7 @@ def draw_quality(g: torch.Generator, *, technique: str, field_t: float, stripped
     low, high = (0.3, 0.65) if poor else (0.6, 1.0)
     first = uniform(g, low, high) if uniform(g, 0, 1) < 0.75 else 1.0
     second = first if uniform(g, 0, 1) < 0.5 else min(1.0, first * uniform(g, 0.8, 1.25))
-    noise = math.exp(uniform(g, math.log(0.004), math.log(0.06))) * variation * (1.5 / field_t if field_t < 1.5 else 1.0)
+    noise = math.exp(uniform(g, math.log(0.003), math.log(0.06))) * variation * (1.5 / field_t if field_t < 1.5 else 1.0)
     rare = 0.12 * variation
     motion: tuple[tuple[float, float, float], ...] = ()
     if uniform(g, 0, 1) < rare:
@@ -63,7 +63,7 @@ def draw_quality(g: torch.Generator, *, technique: str, field_t: float, stripped
         taper=pick(g, (0.0, uniform(g, 0.2, 1.0)), (0.3, 0.7)),
         noise=noise,
         amplification=uniform(g, 1.2, 2.5) if uniform(g, 0, 1) < 0.4 * variation else 1.0,
-        bias=uniform(g, 0.02, 0.25) * variation,
+        bias=uniform(g, 0.005, 0.25) * variation,
         motion=motion,
         ghost=uniform(g, 0.02, 0.12) if uniform(g, 0, 1) < (0.5 if poor else rare) * variation else 0.0,
         spike=uniform(g, 0.01, 0.06) if uniform(g, 0, 1) < rare / 3 else 0.0,

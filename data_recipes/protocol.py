@@ -116,7 +116,7 @@ def signals(g: torch.Generator, protocol: Protocol, variation: float = 1.0) -> t
     for name, (*_, low, high) in EXTRA.items():
         mean[CODE[name]] *= uniform(g, low, high)
     mean = mean / mean[1 : NUM_STRUCTURES + 1].max().clamp(min=1e-6)
-    texture = mean * (0.015 + 0.04 * torch.rand(NUM_CODES, generator=g))
+    texture = mean * uniform(g, 0.1, 1.0) * (0.01 + 0.04 * torch.rand(NUM_CODES, generator=g))
     for name in ("soft tissue", "mucosa", "enhancing", "necrosis"):
         texture[CODE[name]] = 0.2 * mean[CODE[name]]
     return mean, texture[BASE_OF_CODE.long()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from omnimri.anatomy import NAMES, STRUCTURES
 
 NUM_STRUCTURES = len(NAMES)
-BRAIN = {"wm": (0.70, 840.0, 72.0, 50.0, 0.75), "gm": (0.82, 1350.0, 95.0, 62.0, 0.85), "csf": (1.0, 4200.0, 1800.0, 900.0, 3.0)}
+BRAIN = {"wm": (0.70, 840.0, 75.0, 51.0, 0.75), "gm": (0.82, 1350.0, 88.0, 60.0, 0.85), "csf": (1.0, 4200.0, 1800.0, 900.0, 3.0)}
 """PD, T1, T2, T2* in ms at 3 T, ADC in 1e-3 mm^2/s (Stanisz et al., MRM 2005; Bojorquez et al., MRI 2017; Peters et al., MRI 2007)."""
 DEEP = {"thalamus": 0.7, "pallidum": 0.4, "putamen": 0.85, "caudate": 0.95, "ventral DC": 0.45, "brain-stem": 0.15}
 """How far a structure lies from white (0) to grey matter (1), where it is neither."""
