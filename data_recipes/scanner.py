@@ -160,7 +160,8 @@ def draw_remap(g: torch.Generator, scan: Scan) -> Tensor:
             for k in range(1, width + 1):
                 table[CODE[f"{side} periventricular {k}"]] = CODE[f"{side} lateral ventricle"]
     if scan.stripped:
-        table[list(HEAD_CODES)] = 0
+        left = {CODE["dura"]} if uniform(g, 0, 1) < 0.5 else set()  # strippers often leave the venous sinuses
+        table[[c for c in HEAD_CODES if c not in left]] = 0
         style = pick(g, ("all fluid", "near fluid", "no fluid", "tight"), (0.4, 0.35, 0.2, 0.05))
         kept = {"all fluid": FLUID_SHELLS + 1, "near fluid": pick(g, (1, 2))}.get(style, 0)
         for k in range(1, FLUID_SHELLS + 1):
@@ -171,7 +172,8 @@ def draw_remap(g: torch.Generator, scan: Scan) -> Tensor:
         if style == "tight":
             for side in ("left", "right"):
                 table[CODE[f"{side} cortex 1"]] = 0
-        table[CODE["vessel"]] = 0
+        if not left:
+            table[CODE["vessel"]] = 0
     return table
 
 

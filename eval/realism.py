@@ -5,7 +5,9 @@ sequence that has seen simulations alone name the sequence of real scans?
 from __future__ import annotations
 
 import csv
+import multiprocessing
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +31,8 @@ from .suite import load_any, to_structures
 
 SIDE = 96
 """Pixels a side that the classifier sees."""
+NAMED = tuple(s for s in SEQUENCES if s != "other")
+"""The sequences that the classifier tells apart."""
 FLUID = [s.label for s in STRUCTURES if "lateral ventricle" in s.name and "inferior" not in s.name]
 
 
@@ -91,14 +95,14 @@ def record_contrasts(record: Record) -> dict[str, float]:
 
 
 class Classifier(nn.Module):
-    """A small convolutional network: slices (N, 1, SIDE, SIDE) -> logits over `SEQUENCES`."""
+    """A small convolutional network: slices (N, 1, SIDE, SIDE) -> logits over `NAMED`."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 16, 32, 64, 96)
         self.layers = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)))
-        self.out = nn.Linear(2 * widths[-1], len(SEQUENCES))
+        self.out = nn.Linear(2 * widths[-1], len(NAMED))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes)."""
@@ -113,20 +117,32 @@ def slices_of(images: Tensor) -> Tensor:
     return x[filled > 0.3 * filled.max()]
 
 
-def train(slices: Tensor, classes: Tensor, *, epochs: int = 15) -> Classifier:
-    """Train on simulated slices; shifts, brightness and contrast are drawn."""
-    torch.manual_seed(0)
+def train(slices: Tensor, classes: Tensor, *, seed: int, epochs: int = 12) -> Classifier:
+    """Train on simulated slices, as many of each sequence; shifts, size, mirror, gamma, brightness, blur and noise are drawn."""
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     model = Classifier()
-    weights = 1 / torch.bincount(classes, minlength=len(SEQUENCES)).clamp(min=1).float().sqrt()
+    share = torch.bincount(classes).clamp(min=1).float().rsqrt()[classes]
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     steps = epochs * (len(slices) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+
+    def drawn(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(64, 1, 1, 1, generator=g)
+
     for _ in range(steps):
-        pick = torch.randint(len(slices), (64,))
-        x = slices[pick]
-        x = torch.roll(x, tuple(torch.randint(-8, 9, (2,)).tolist()), (2, 3))
-        x = x * (0.85 + 0.3 * torch.rand(64, 1, 1, 1)) + 0.02 * torch.randn(64, 1, 1, 1)
-        loss = F.cross_entropy(model(x), classes[pick], weight=weights, label_smoothing=0.05)
+        chosen = torch.multinomial(share, 64, True, generator=g)
+        x = torch.roll(slices[chosen], tuple(torch.randint(-8, 9, (2,), generator=g).tolist()), (2, 3))
+        zoom, turn = drawn(0.9, 1.1).flatten(), torch.zeros(64, 2, 3)
+        turn[:, 0, 0], turn[:, 1, 1] = zoom * (1 - 2 * (torch.rand(64, generator=g) < 0.5).float()), zoom
+        x = F.grid_sample(x.clamp(min=0) ** torch.exp(drawn(-0.2, 0.2)), F.affine_grid(turn, x.shape, align_corners=False), align_corners=False)
+        x = (x * drawn(0.7, 1.2)).clamp(max=1.5)
+        width = 0.2 + float(torch.rand((), generator=g))
+        kernel = torch.exp(-(torch.arange(-3, 4.0) ** 2) / (2 * width**2))
+        kernel = kernel / kernel.sum()
+        x = F.conv2d(F.conv2d(x, kernel.view(1, 1, 7, 1), padding=(3, 0)), kernel.view(1, 1, 1, 7), padding=(0, 3))
+        x = x + drawn(0.02, 0.05) * torch.randn(x.shape, generator=g)
+        loss = F.cross_entropy(model(x), classes[chosen], label_smoothing=0.05)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -134,27 +150,40 @@ def train(slices: Tensor, classes: Tensor, *, epochs: int = 15) -> Classifier:
     return model.eval()
 
 
-def measure_realism(assistant: Assistant, maps: Path, validation: Path, *, count: int = 600) -> dict[str, Any]:
+def simulate(maps: Path, numbers: range) -> tuple[Tensor, list[int], dict[str, dict[str, list[float]]]]:
+    """Slices of simulated studies of named sequences, their classes, and contrasts by sequence."""
+    torch.set_num_threads(1)
+    recipe = Synthetic(maps, numbers=TRAINING_MAPS, num_slices=4, with_kspace=False)
+    ranges: dict[str, dict[str, list[float]]] = {s: defaultdict(list) for s in NAMED}
+    slices, classes = [], []
+    for i in numbers:
+        record = recipe.record(0, i)
+        if record.sequence not in NAMED:
+            continue
+        for k, v in record_contrasts(record).items():
+            ranges[record.sequence][k].append(v)
+        own = slices_of(record.images)
+        slices.append(own)
+        classes += [NAMED.index(record.sequence)] * len(own)
+    return torch.cat(slices), classes, ranges
+
+
+def measure_realism(assistant: Assistant, maps: Path, validation: Path, *, count: int = 2500) -> dict[str, Any]:
     """Ranges of simulated studies and where real scans lie in them; names that the classifier gives to real scans.
 
     Regions of a real scan are drawn labels where there are any, else this assistant's own masks.
     """
     cases = real_scans(validation)
-    recipe = Synthetic(maps, numbers=TRAINING_MAPS, num_slices=4, with_kspace=False)
-    ranges: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    slices, classes = [], []
-    for i in range(count):
-        record = recipe.record(0, i)
-        for k, v in record_contrasts(record).items():
-            ranges[str(record.sequence)][k].append(v)
-        own = slices_of(record.images)
-        slices.append(own)
-        classes += [SEQUENCES.index(str(record.sequence))] * len(own)
-    held = int(0.9 * len(classes))
-    x, y = torch.cat(slices), torch.tensor(classes)
-    model = train(x[:held], y[:held])
+    half = count // 2
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        parts = list(pool.map(simulate, (maps, maps), (range(half), range(half, count))))
+    ranges = {s: {k: v + parts[1][2][s][k] for k, v in parts[0][2][s].items()} for s in NAMED}
+    held = [round(0.9 * len(part[1])) for part in parts]
+    x, y = torch.cat([p[0][:h] for p, h in zip(parts, held, strict=True)]), [c for p, h in zip(parts, held, strict=True) for c in p[1][:h]]
+    models = [train(x, torch.tensor(y), seed=seed) for seed in range(3)]
+    x, y = torch.cat([p[0][h:] for p, h in zip(parts, held, strict=True)]), [c for p, h in zip(parts, held, strict=True) for c in p[1][h:]]
     with torch.no_grad():
-        right = float((model(x[held:]).argmax(1) == y[held:]).float().mean())
+        right = float((sum(m(x).log_softmax(1) for m in models).argmax(1) == torch.tensor(y)).float().mean())
     results: dict[str, Any] = {"simulated studies": count, "held-out simulated slices named right": right, "scans": {}}
     inside = total = named = 0
     for case in cases:
@@ -172,8 +201,8 @@ def measure_realism(assistant: Assistant, maps: Path, validation: Path, *, count
         grid = Grid.fit(volume, size=192)
         images = grid.to_grid(volume.voxels[0])
         with torch.no_grad():
-            logits = model(slices_of(images[:: max(1, len(images) // 24)]))
-        told["named"] = SEQUENCES[int(logits.log_softmax(1).mean(0).argmax())]
+            shown = slices_of(images[:: max(1, len(images) // 24)])
+            told["named"] = NAMED[int(sum(m(shown).log_softmax(1).mean(0) for m in models).argmax())]
         named += told["named"] == case.sequence
         results["scans"][case.name] = told
         assistant.forget()

@@ -1,0 +1,106 @@
+"""Intervals and tests by resampling. All work on statistics that add up over samples (`metrics.metric`), by patient where known.
+
+Shapes: N samples, G groups (patients), K statistics, R draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .metrics.metric import Metric
+
+DRAWS, SHUFFLES = 1000, 10_000
+CHUNK = 1000
+"""Draws that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], n = {self.n}"
+
+
+def grouped(statistics: np.ndarray, patients: Sequence[str] | None) -> np.ndarray:
+    """(N, K) -> (G, K): summed over the samples of each patient; as they are where no patients are known."""
+    if patients is None:
+        return statistics
+    _, index = np.unique(np.asarray(patients), return_inverse=True)
+    out = np.zeros((int(index.max()) + 1, statistics.shape[1]))
+    np.add.at(out, index, statistics)
+    return out
+
+
+def draw(groups: int, draws: int, seed: int) -> np.ndarray:
+    """(R, G) how often each group is drawn, with replacement."""
+    return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(float)
+
+
+def estimate(metric: Metric, statistics: np.ndarray, patients: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """A metric of (N, K) statistics with the percentile interval of a bootstrap over patients (Efron, 1979)."""
+    groups = grouped(statistics, patients)
+    drawn = metric.score(draw(len(groups), draws, seed) @ groups)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(float(metric.score(statistics.sum(0))), float(low), float(high), len(statistics))
+
+
+def mean_estimate(values: Sequence[float], patients: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """The mean of values with its interval; values that are not defined (nan) are left out, and n counts the others."""
+    from .metrics.metric import mean_of, mean_score
+
+    kept = [k for k, v in enumerate(values) if not np.isnan(v)]
+    if not kept:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    metric = Metric("mean", "", lambda p, r: np.empty((0, 2)), mean_score)
+    return estimate(metric, mean_of(np.array([values[k] for k in kept])), [patients[k] for k in kept] if patients else None, draws=draws, seed=seed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems on the same samples."""
+
+    difference: Estimate
+    """B minus A."""
+    p_bootstrap: float
+    p_randomisation: float
+
+
+def compare(metric: Metric, a: np.ndarray, b: np.ndarray, patients: Sequence[str] | None = None, *, draws: int = DRAWS,
+            shuffles: int = SHUFFLES, seed: int = 0) -> Comparison:
+    """Paired bootstrap (Koehn, 2004) and approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), both two-sided."""
+    ga, gb = grouped(a, patients), grouped(b, patients)
+    counts = draw(len(ga), draws, seed)
+    drawn = metric.score(counts @ gb) - metric.score(counts @ ga)
+    found = float(metric.score(gb.sum(0)) - metric.score(ga.sum(0)))
+    # Shifted to no difference, how often is one as large as the one found?
+    p_bootstrap = (1 + int((np.abs(drawn - drawn.mean()) >= abs(found) - 1e-12).sum())) / (draws + 1)
+    rng = np.random.default_rng(seed)
+    larger, left = 0, shuffles
+    total_a, total_b, off = ga.sum(0), gb.sum(0), gb - ga
+    while left:
+        part = min(left, CHUNK)
+        moved = rng.integers(0, 2, (part, len(off))).astype(float) @ off
+        swapped = metric.score(total_b - moved) - metric.score(total_a + moved)
+        larger += int((np.abs(swapped) >= abs(found) - 1e-12).sum())
+        left -= part
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Comparison(Estimate(found, float(low), float(high), len(a)), p_bootstrap, (larger + 1) / (shuffles + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction for as many tests as there are values (Holm, 1979)."""
+    order = np.argsort(p_values)
+    adjusted, worst = np.zeros(len(p_values)), 0.0
+    for rank, k in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[k]))
+        adjusted[k] = worst
+    return adjusted.tolist()
