@@ -1,77 +1,149 @@
-"""python -m eval tissue | segment | detect | picture: the project's figures on real scans; reading: seconds against other readers;
-realism: simulated studies against real scans.
+"""python -m eval COMMAND: generated reports (report, compare, perturb, facts), suites of cases (suite), and single studies of the
+project itself (reading, realism, picture). Everything runs offline.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m eval", description=f"{__doc__} Research use only. Not a medical device.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, told: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=told, description=told)
+        sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+        return sub
+
+    texts = command("report", "metrics of generated reports against references, with intervals")
+    texts.add_argument(
+        "--predictions", type=Path, required=True, metavar="FILE", help="JSONL or CSV: id, prediction, reference or references, patient"
+    )
+    texts.add_argument("--references", type=Path, metavar="FILE", help="JSONL or CSV: id, reference or references, patient")
+    systems = command("compare", "two or more systems on the same reports, with paired tests")
+    systems.add_argument("systems", nargs="+", type=Path, metavar="FILE")
+    systems.add_argument("--references", type=Path, metavar="FILE")
+    ranks = command("perturb", "which metric ranks a clinical error below a paraphrase")
+    for sub in (texts, systems, ranks):
+        sub.add_argument("--encoder", type=Path, metavar="FOLDER", help="a local model for BERTScore and embedding similarity")
+        sub.add_argument(
+            "--scorer", action="append", default=[], metavar="MODULE:FUNCTION", help="any other metric: a number for each report"
+        )
+    for sub in (texts, systems):
+        sub.add_argument("--seed", type=int, default=0)
+    gold = command("facts", "the extractor of facts against annotated sentences")
+    gold.add_argument("--gold", type=Path, required=True, metavar="FILE")
+    suite = command(
+        "suite", "predict and score the cases of a suite: synthetic, mni, colin, freesurfer, individuals, brats, refused, or all"
+    )
+    suite.add_argument("suite")
+    suite.add_argument("--count", type=int, default=24, help="cases of the synthetic suite")
+    suite.add_argument("--score-only", action="store_true", help="score what was predicted; no model is loaded")
+    suite.add_argument("--no-controls", action="store_true", help="without random weights")
+    suite.add_argument("--pooled", action="store_true", help="also Dice over the voxels of all cases together")
+    real = command("realism", "simulated studies against real scans")
+    command("reading", "seconds to read a scan beside other readers")
+    drawn = command("picture", "the picture in the README")
+    for sub in (suite, real, drawn):
+        sub.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
+    for sub in (suite, real):
+        sub.add_argument("--maps", type=Path, metavar="DIR", help="folder of label maps")
+        sub.add_argument(
+            "--scans", type=Path, action="append", default=[], metavar="DIR", help="folder that eval/scans.tsv is about; may be repeated"
+        )
+    return top
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run one command."""
+    out: Path = args.out
+    if args.command in ("report", "compare"):
+        from .reports import chosen_metrics, compare_markdown, compare_systems, read_texts, report_markdown, score, write_atomic
+
+        metrics, left_out = chosen_metrics(args.encoder, args.scorer)
+        if args.command == "report":
+            results: dict[str, Any] = score(read_texts(args.predictions, args.references), metrics, seed=args.seed) | {"left_out": left_out}
+            text = report_markdown(results)
+        else:
+            if len(args.systems) < 2 or len({p.stem for p in args.systems}) < len(args.systems):
+                raise ValueError("expected two or more files with different names, got fewer")
+            results = compare_systems({p.stem: read_texts(p, args.references) for p in args.systems}, metrics, seed=args.seed)
+            text = compare_markdown(results)
+        write_atomic(out / "results.json", json.dumps(results, indent=1))
+        write_atomic(out / "results.md", text)
+        print(text)
+    elif args.command == "perturb":
+        from .perturbation import rank, trials, write
+        from .reports import chosen_metrics
+
+        metrics, _ = chosen_metrics(args.encoder, args.scorer)
+        cases = trials()
+        write(rank(metrics, cases), cases, metrics, out)
+        print((out / "results.md").read_text())
+    elif args.command == "facts":
+        from .metrics.facts import score_gold
+        from .reports import read_rows, write_atomic
+
+        results = score_gold([row for _, row in read_rows(args.gold)])
+        write_atomic(out / "results.json", json.dumps(results, indent=1))
+        print(
+            "\n".join(
+                f"{k:12s} precision {v['precision']:.3f} recall {v['recall']:.3f} F1 {v['f1']:.3f} ({v['said']} said, {v['true']} true)"
+                for k, v in results.items()
+            )
+        )
+    elif args.command == "suite":
+        from .cases import cases_of
+        from .suite import run as run_suite
+
+        cases = cases_of(args.suite, scans=args.scans, maps=args.maps, count=args.count)
+        run_suite(cases, out, checkpoint=args.checkpoint, score_only=args.score_only, controls=not args.no_controls, pooled=args.pooled)
+        print((out / "results.md").read_text())
+    elif args.command == "reading":
+        from .reading import benchmark
+        from .reports import write_atomic
+
+        write_atomic(out / "results.json", json.dumps(benchmark(), indent=1))
+        print((out / "results.json").read_text())
+    else:
+        from omnimri.assistant import Assistant
+
+        assistant = Assistant(args.checkpoint)
+        if args.command == "picture":
+            from .suite import picture
+
+            print(picture(assistant, out)["text"])
+            return
+        from .realism import markdown, measure_realism
+        from .reports import write_atomic
+
+        if not args.maps or not args.scans:
+            raise ValueError("expected --maps and --scans")
+        results = {"checkpoint_sha256": assistant.digest, **measure_realism(assistant, args.maps, args.scans)}
+        write_atomic(out / "results.json", json.dumps(results, indent=1))
+        write_atomic(out / "results.md", markdown(results))
+        print(markdown(results))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one suite."""
-    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    parser.add_argument("suite", choices=("tissue", "segment", "detect", "picture", "reading", "realism"))
-    parser.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
-    parser.add_argument("--scan", type=Path, help="segment: a scan")
-    parser.add_argument("--truth", type=Path, help="segment: its FreeSurfer labels (aseg or aparc+aseg)")
-    parser.add_argument("--cases", type=Path, help="detect: a folder of BRATS 2013 cases")
-    parser.add_argument("--maps", type=Path, help="realism: the folder of label maps")
-    parser.add_argument("--scans", type=Path, help="realism: the folder that eval/scans.tsv is about")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args(argv)
-
-    from omnimri.assistant import Assistant
-
-    from .suite import detect, load_any, picture, segment, tissue_mni, to_structures, write_results
-
+    """Run one command: exit 2 with one sentence for input that cannot be used."""
+    for key, value in OFFLINE.items():
+        os.environ.setdefault(key, value)
+    args = parser().parse_args(argv)
     try:
-        if args.suite == "reading":
-            from .reading import benchmark
-
-            write_results({"suite": "reading", **benchmark()}, args.out)
-            return 0
-        assistant = Assistant(args.checkpoint)
-        results: dict[str, Any] = {"suite": args.suite, "checkpoint_sha256": assistant.digest}
-        if args.suite == "picture":
-            results |= picture(assistant, args.out)
-            print(results["text"])
-            return 0
-        if args.suite == "tissue":
-            results |= tissue_mni(assistant)
-        elif args.suite == "realism":
-            from .realism import measure_realism
-
-            if not args.maps or not args.scans:
-                raise ValueError("expected --maps and --scans")
-            results |= measure_realism(assistant, args.maps, args.scans)
-        elif args.suite == "segment":
-            if not args.scan or not args.truth:
-                raise ValueError("expected --scan and --truth")
-            study, _ = load_any(args.scan)
-            _, truth = load_any(args.truth)
-            results |= segment(assistant, study, to_structures(truth))
-        else:
-            if not args.cases:
-                raise ValueError("expected --cases")
-            for case in sorted(p for p in args.cases.iterdir() if p.is_dir()):
-                truth_file = next(case.glob("*OTMultiClass*"))
-                _, truth = load_any(truth_file)
-                for contrast, counted in (("Flair", (1, 2, 3, 4)), ("T1c", (1, 3, 4))):
-                    scan = next(p for p in case.iterdir() if contrast.lower() in p.name.lower())
-                    study, _ = load_any(scan)
-                    results[f"{case.name} {contrast}"] = detect(assistant, study, np.isin(truth, counted))
-                    assistant.forget()
+        run(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    write_results(results, args.out)
-    print(json.dumps(results, indent=1))
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +28,7 @@ from omnimri.grid import Grid
 from omnimri.io import study_of
 from omnimri.volume import Study
 
-from .suite import load_any, to_structures
+from .cases import SCANS, load_any, to_structures
 
 SIDE = 96
 """Pixels a side that the classifier sees."""
@@ -47,14 +48,14 @@ class Case:
     """Labels of structures, where somebody drew them."""
 
 
-def real_scans(folder: Path) -> list[Case]:
-    """The scans of `scans.tsv` that lie in a folder of validation data (its subfolders' names are the table's), and the template.
+def real_scans(folders: Sequence[Path]) -> list[Case]:
+    """The scans of `scans.tsv` that lie in folders of validation data (subfolders' names are the table's), and the template.
 
     Raises:
         ValueError: there is none but the template.
     """
     found = []
-    with (Path(__file__).parent / "scans.tsv").open() as f:
+    with SCANS.open() as f:
         for row in csv.DictReader(f, delimiter="\t"):
             if row["path"] == "nilearn:":
                 from nilearn.datasets import load_mni152_template
@@ -62,8 +63,10 @@ def real_scans(folder: Path) -> list[Case]:
                 image = load_mni152_template(resolution=1)
                 study = study_of(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine), oriented=True)
                 found.append(Case(row["name"], row["sequence"], study, None))
-            elif (folder / row["path"]).exists():
-                truth = to_structures(load_any(folder / row["labels"])[1]) if row["labels"] else None
+                continue
+            folder = next((f for f in folders if (f / row["path"]).exists()), None)
+            if folder is not None:
+                truth = to_structures(load_any(folder / row["truth"])[1]) if row["suite"] == "freesurfer" else None
                 found.append(Case(row["name"], row["sequence"], load_any(folder / row["path"])[0], truth))
     if len(found) < 2:
         raise ValueError("expected the folder of validation scans that eval/scans.tsv lists, got one without any of them")
@@ -100,8 +103,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 16, 32, 64, 96)
-        self.layers = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)))
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)))
         self.out = nn.Linear(2 * widths[-1], len(NAMED))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +137,9 @@ def train(slices: Tensor, classes: Tensor, *, seed: int, epochs: int = 12) -> Cl
         x = torch.roll(slices[chosen], tuple(torch.randint(-8, 9, (2,), generator=g).tolist()), (2, 3))
         zoom, turn = drawn(0.9, 1.1).flatten(), torch.zeros(64, 2, 3)
         turn[:, 0, 0], turn[:, 1, 1] = zoom * (1 - 2 * (torch.rand(64, generator=g) < 0.5).float()), zoom
-        x = F.grid_sample(x.clamp(min=0) ** torch.exp(drawn(-0.2, 0.2)), F.affine_grid(turn, x.shape, align_corners=False), align_corners=False)
+        x = F.grid_sample(
+            x.clamp(min=0) ** torch.exp(drawn(-0.2, 0.2)), F.affine_grid(turn, x.shape, align_corners=False), align_corners=False
+        )
         x = (x * drawn(0.7, 1.2)).clamp(max=1.5)
         width = 0.2 + float(torch.rand((), generator=g))
         kernel = torch.exp(-(torch.arange(-3, 4.0) ** 2) / (2 * width**2))
@@ -168,7 +172,7 @@ def simulate(maps: Path, numbers: range) -> tuple[Tensor, list[int], dict[str, d
     return torch.cat(slices), classes, ranges
 
 
-def measure_realism(assistant: Assistant, maps: Path, validation: Path, *, count: int = 2500) -> dict[str, Any]:
+def measure_realism(assistant: Assistant, maps: Path, validation: Sequence[Path], *, count: int = 2500) -> dict[str, Any]:
     """Ranges of simulated studies and where real scans lie in them; names that the classifier gives to real scans.
 
     Regions of a real scan are drawn labels where there are any, else this assistant's own masks.
@@ -207,3 +211,34 @@ def measure_realism(assistant: Assistant, maps: Path, validation: Path, *, count
         results["scans"][case.name] = told
         assistant.forget()
     return results | {"inside": f"{inside} of {total}", "named right": f"{named} of {len(cases)}"}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """results.md."""
+    kinds = ("grey/white", "fluid/white", "white spread")
+    lines = [
+        "# Simulated studies against real scans",
+        "",
+        "Research use only. Not a medical device. Value in the real scan, and the 1st to 99th percentile of simulated studies "
+        f"of its sequence ({results['simulated studies']} studies).",
+        "",
+        f"| scan | sequence | named by a classifier that saw simulations alone | {' | '.join(kinds)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, told in results["scans"].items():
+        cells = [
+            f"{told[k]['value']} ({told[k]['range'][0]} to {told[k]['range'][1]}{'' if told[k]['inside'] else ', OUTSIDE'})"
+            if k in told
+            else ""
+            for k in kinds
+        ]
+        lines.append(f"| {name} | {told['sequence']} | {told['named']} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Inside: {results['inside']}. Named right: {results['named right']}. Held-out simulated slices named right: "
+            f"{results['held-out simulated slices named right']:.2f}.",
+            "",
+        ]
+    )

@@ -45,7 +45,9 @@ def draw(groups: int, draws: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(float)
 
 
-def estimate(metric: Metric, statistics: np.ndarray, patients: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def estimate(
+    metric: Metric, statistics: np.ndarray, patients: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
     """A metric of (N, K) statistics with the percentile interval of a bootstrap over patients (Efron, 1979)."""
     groups = grouped(statistics, patients)
     drawn = metric.score(draw(len(groups), draws, seed) @ groups)
@@ -61,7 +63,9 @@ def mean_estimate(values: Sequence[float], patients: Sequence[str] | None = None
     if not kept:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     metric = Metric("mean", "", lambda p, r: np.empty((0, 2)), mean_score)
-    return estimate(metric, mean_of(np.array([values[k] for k in kept])), [patients[k] for k in kept] if patients else None, draws=draws, seed=seed)
+    return estimate(
+        metric, mean_of(np.array([values[k] for k in kept])), [patients[k] for k in kept] if patients else None, draws=draws, seed=seed
+    )
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,16 @@ class Comparison:
     p_randomisation: float
 
 
-def compare(metric: Metric, a: np.ndarray, b: np.ndarray, patients: Sequence[str] | None = None, *, draws: int = DRAWS,
-            shuffles: int = SHUFFLES, seed: int = 0) -> Comparison:
+def compare(
+    metric: Metric,
+    a: np.ndarray,
+    b: np.ndarray,
+    patients: Sequence[str] | None = None,
+    *,
+    draws: int = DRAWS,
+    shuffles: int = SHUFFLES,
+    seed: int = 0,
+) -> Comparison:
     """Paired bootstrap (Koehn, 2004) and approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), both two-sided."""
     ga, gb = grouped(a, patients), grouped(b, patients)
     counts = draw(len(ga), draws, seed)

@@ -1,123 +1,269 @@
-"""Predict with the assistant, score, and write results.json and results.md."""
+"""Suites: predict what is not predicted yet, score everything, write results.json, results.md and figures."""
 
 from __future__ import annotations
 
 import json
-import resource
-import time
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from omnimri.anatomy import CLASS_OF_LABEL, STRUCTURES
 from omnimri.assistant import Assistant
-from omnimri.io import open_study, study_of
-from omnimri.measure import rank_components
-from omnimri.volume import Study
+from omnimri.grid import closest_axes
+from omnimri.volume import Volume
 
-from .metrics.dice import StructureDice, dice
+from . import predict
+from .cases import Case
+from .metrics.segmentation import dice
+from .reports import NOTICE, write_atomic
+from .scoring import Honesty, Lesions, Reconstructions, Scored, Structures, Table, Tissue, load, reports_table
 
-GREY = [s.label for s in STRUCTURES if s.tissue == "gm"]
-WHITE = [s.label for s in STRUCTURES if s.tissue == "wm"]
-"""White matter and brain-stem."""
+VERSION = 1
+"""Of the suites: figures of different versions are not compared."""
+LIBRARIES = ("torch", "transformers", "numpy", "scipy", "monai", "scikit-image", "scikit-learn", "sacrebleu", "spacy", "negspacy")
 
 
-def load_any(path: Path) -> tuple[Study, np.ndarray]:
-    """A study from a file, and its array.
+def commit() -> str:
+    """The checkout's commit, with `+` where files differ from it; empty outside a checkout."""
+    run = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "check": False}
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        return head + ("+" if head and subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip() else "")
+    except OSError:
+        return ""
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of `LIBRARIES` that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def run(cases: Sequence[Case], out: Path, *, checkpoint: str | None, score_only: bool, controls: bool, pooled: bool) -> dict[str, Any]:
+    """Predict and score the cases of one or several suites.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the checkpoint cannot be loaded; with `score_only`, nothing was predicted.
     """
-    study = open_study(path)
-    return study, study.primary.voxels[0].numpy()
+    record = out / "run.json"
+    if score_only:
+        if not record.exists():
+            raise ValueError(f"expected predictions in {out.name!r}, got none; run without --score-only")
+        known = json.loads(record.read_text(encoding="utf-8"))
+    else:
+        assistant = Assistant(checkpoint)
+        known = {
+            "checkpoint": "embedded" if checkpoint is None else Path(checkpoint).name,
+            "checkpoint_sha256": assistant.digest,
+            "predicted_by": commit(),
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(record, json.dumps(known))
+        predict.predict(assistant, predict.MODEL, cases, out, digest=assistant.digest)
+        if controls:
+            asked = [c for c in cases if c.suite not in ("refused", "individuals")]
+            predict.predict(predict.random_weights(assistant), predict.RANDOM, asked, out, digest=assistant.digest)
+        del assistant
+    results = score(cases, out, controls=controls, pooled=pooled)
+    results = {"suite_version": VERSION, "commit": commit(), **known, "libraries": library_versions(), **results}
+    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    write_atomic(out / "results.md", markdown(results))
+    return results
 
 
-def to_structures(labels: np.ndarray) -> np.ndarray:
-    """FreeSurfer aparc+aseg numbers -> the structures that are segmented."""
-    table = {251: 0, 252: 0, 253: 0, 254: 0, 255: 0, 77: 0, 31: 4, 63: 43}
-    out = labels.astype(np.int32).copy()
-    out[(labels >= 11000) & (labels < 12000)] = 3
-    out[(labels >= 12000) & (labels < 13000)] = 42
-    for a, b in table.items():
-        if b:
-            out[labels == a] = b
-    # Corpus callosum and hypointensities belong to the nearer white matter.
-    loose = np.argwhere(np.isin(labels, [251, 252, 253, 254, 255, 77]))
-    if len(loose):
-        from scipy import ndimage
-
-        white = np.isin(out, [2, 41])
-        index = ndimage.distance_transform_edt(~white, return_distances=False, return_indices=True)
-        out[tuple(loose.T)] = out[tuple(index[:, loose[:, 0], loose[:, 1], loose[:, 2]])]
-    out[~np.isin(out, [s.label for s in STRUCTURES])] = 0
-    return out
-
-
-def segment(assistant: Assistant, study: Study, truth: np.ndarray) -> dict[str, Any]:
-    """Dice of every structure, sided, with seconds and peak memory."""
-    tick = time.perf_counter()
-    answer = assistant.segment(study)
-    seconds = time.perf_counter() - tick
-    assert answer.labels is not None
-    said = answer.labels.numpy().astype(np.int32)
-    for lesion, white in ((25, 2), (57, 41)):
-        said[said == lesion] = white
-    labels = [s.label for s in STRUCTURES]
-    metric = StructureDice(keep_in_memory=True)
-    scores = metric.compute(predictions=[said.ravel()], references=[truth.ravel()], labels=labels)
-    names = {str(s.label): s.name for s in STRUCTURES}
+def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> dict[str, Any]:
+    """Tables of all suites among the cases; cases that cannot be scored are listed."""
+    tables: list[Table] = []
+    failures: list[str] = []
+    honesty, seconds, figures = Honesty(), {"segment": [], "report": []}, out / "figures"
+    peak = 0.0
+    for suite in dict.fromkeys(c.suite for c in cases):
+        structures, tissue, lesions, images = Structures(suite, pooled=pooled), Tissue(suite), Lesions(suite), Reconstructions()
+        texts, ranked = [], []
+        for case in (c for c in cases if c.suite == suite):
+            systems = [predict.MODEL, *([predict.RANDOM] if controls and suite not in ("refused", "individuals") else [])]
+            try:
+                s = load(case, out, systems) if suite != "refused" else load_refused(case, out)
+                if "failed" in s.told[predict.MODEL]:
+                    raise ValueError(s.told[predict.MODEL]["failed"])
+                for table in (structures, tissue, lesions, honesty):
+                    table.see(s)
+                images.see(s, out)
+            except ValueError as error:
+                failures.append(f"{case.name}: {error}")
+                continue
+            told = s.told[predict.MODEL]
+            if "report" in told and suite != "refused":
+                seconds["segment"].append(told["seconds"]["segment"])
+                seconds["report"].append(told["seconds"]["segment"] + told["seconds"]["report"])
+                peak = max(peak, told["peak_memory_gib"])
+                if s.truth.report is not None:
+                    texts.append((case.name, told["report"]["text"], s.told.get(predict.RANDOM, told)["report"]["text"], s.truth.report))
+                ranked.append((figure_of_merit(s), case))
+        tables += [
+            t
+            for t in (tissue.table(), structures.table() if structures.found else None, lesions.table(figures))
+            if t is not None and t.rows
+        ]
+        if texts:
+            tables.append(reports_table(texts))
+        if images.cases:
+            tables.append(images.table())
+        if ranked:
+            ranked.sort(key=lambda r: r[0])
+            chosen = {ranked[k][1].name: (name, ranked[k][1]) for name, k in (("best", -1), ("median", len(ranked) // 2), ("worst", 0))}
+            draw({f"{name}: {c.name}": load(c, out, [predict.MODEL]) for name, c in reversed(chosen.values())}, figures / f"{suite}.png")
+    tables.append(honesty.table())
     return {
-        "dice": {names.get(k, k): round(v, 4) for k, v in scores.items()},
-        "grey": dice(np.isin(said, GREY), np.isin(truth, GREY)),
-        "white": dice(np.isin(said, WHITE), np.isin(truth, WHITE)),
-        "seconds": round(seconds, 1),
-        "peak_memory_gib": peak_memory_gib(),
+        "cases": len(cases),
+        "failures": failures,
+        "seconds": {k: round(float(np.median(v)), 1) for k, v in seconds.items() if v},
+        "peak_memory_gib": peak,
+        "tables": [vars(t) for t in tables],
     }
 
 
-def tissue_mni(assistant: Assistant) -> dict[str, Any]:
-    """Grey- and white-matter Dice on the MNI152 T1 that nilearn carries, against its tissue maps at one half."""
-    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+def load_refused(case: Case, out: Path) -> Scored:
+    """A case whose file may be refused: its truth is that it is no brain MRI."""
+    from omnimri.volume import Study
 
-    image = load_mni152_template(resolution=1)
-    study = study_of(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine), oriented=True)
-    tick = time.perf_counter()
-    answer = assistant.segment(study)
-    seconds = time.perf_counter() - tick
-    assert answer.labels is not None
-    said = answer.labels.numpy()
-    grey, white = (np.asarray(load(resolution=1).dataobj) for load in (load_mni152_gm_template, load_mni152_wm_template))
-    lesions = np.isin(said, [25, 57])
-    return {
-        "grey": dice(np.isin(said, GREY), grey > 0.5),
-        "white": dice(np.isin(said, WHITE) | lesions, white > 0.5),
-        "lesion_ml": float(lesions.sum()) / 1000,
-        "seconds": round(seconds, 1),
-        "peak_memory_gib": peak_memory_gib(),
-    }
+    from .cases import Truth
+
+    told, _ = predict.read(out, predict.MODEL, case)
+    return Scored(case, Study(), Truth(), {predict.MODEL: told}, {})
 
 
-def detect(assistant: Assistant, study: Study, truth: np.ndarray) -> dict[str, Any]:
-    """Lesion Dice, and how many true lesions are touched by a finding and how many findings touch none."""
-    answer = assistant.answer(study, "Find lesions.", task="detect")
-    assert answer.labels is not None
-    said = np.isin(answer.labels.numpy(), [25, 57])
-    ranks, sizes = rank_components(torch.from_numpy(truth), least=50)
-    seen = assistant.examine(study.primary)
-    hits = sum(bool(said[(ranks == r).numpy()].any()) for r in range(1, len(sizes) + 1))
-    false = sum(not truth[(seen.lesion_ranks == x.rank).numpy()].any() for x in seen.lesions)
-    ml = study.primary.voxel_ml
-    return {
-        "lesion_dice": dice(said, truth),
-        "lesions": len(sizes),
-        "found": hits,
-        "findings": len(seen.lesions),
-        "false": false,
-        "truth_ml": round(float(truth.sum()) * ml, 1),
-        "said_ml": round(float(said.sum()) * ml, 1),
-    }
+def figure_of_merit(s: Scored) -> float:
+    """By what cases are ranked for the figures: Dice of the brain, or of the lesion."""
+    said, truth = s.labels[predict.MODEL], s.truth
+    if s.case.suite == "brats" and truth.lesions is not None:
+        return float(np.nan_to_num(dice(np.isin(said, (25, 57)), truth.lesions)))
+    if truth.labels is not None:
+        values = [dice(said == x.label, truth.labels == x.label) for x in STRUCTURES]
+        return float(np.nanmean(values))
+    brain = truth.brain if truth.brain is not None else None if truth.grey is None or truth.white is None else truth.grey | truth.white
+    return float(np.nan_to_num(dice(said > 0, brain))) if brain is not None else float((said > 0).sum())
+
+
+def colours(labels: np.ndarray) -> np.ndarray:
+    """A colour index from 1 to 32 for each structure, 33 for lesions, 0 for background."""
+    table = np.zeros(max(256, int(labels.max()) + 1), dtype=np.int32)
+    for s in STRUCTURES:
+        table[s.label] = 1 + (CLASS_OF_LABEL[s.label] * 13) % 32
+    table[[25, 57]] = 33
+    return table[labels]
+
+
+def draw_planes(axes: Any, volume: Volume, labels: np.ndarray, truth: np.ndarray | None) -> None:
+    """Three planes through the middle with the label map, and the truth's outline in white; radiological, with letters."""
+    order = closest_axes(volume.affine)
+    image = volume.voxels[0].numpy()
+    signs = [float(volume.affine[k, order[k]]) for k in range(3)]
+    for axis, across in zip(axes, (2, 1, 0), strict=True):
+        if image.shape[order[across]] < 2 and across != 2:
+            axis.axis("off")
+            continue
+        seen = np.argwhere(labels > 0)
+        middle = int(np.median(seen[:, order[across]])) if len(seen) else image.shape[order[across]] // 2
+        rest = [k for k in (0, 1, 2) if k != across]
+        turned = [
+            np.transpose(np.take(x, [middle], order[across]), (order[rest[1]], order[rest[0]], order[across]))[..., 0]
+            for x in (image, labels)
+        ]
+        if truth is not None:
+            turned.append(np.transpose(np.take(truth, [middle], order[across]), (order[rest[1]], order[rest[0]], order[across]))[..., 0])
+        # Up is superior or anterior; left of the picture is the patient's right, or anterior on a sagittal one.
+        turned = [x[:: -1 if signs[rest[1]] > 0 else 1, :: (-1 if signs[rest[0]] > 0 else 1)] for x in turned]
+        aspect = volume.spacing_mm[order[rest[1]]] / volume.spacing_mm[order[rest[0]]]
+        axis.imshow(turned[0], cmap="gray", vmax=np.percentile(image, 99.7), aspect=aspect)
+        axis.imshow(
+            np.ma.masked_equal(colours(turned[1]), 0),
+            cmap="nipy_spectral",
+            vmin=0,
+            vmax=33,
+            alpha=0.5,
+            interpolation="nearest",
+            aspect=aspect,
+        )
+        if truth is not None and turned[2].any():
+            axis.contour(turned[2], [0.5], colors="white", linewidths=0.8)
+        for place, letter in ((0.02, "R" if across else "A"), (0.94, "L" if across else "P")):
+            axis.text(place, 0.5, letter, color="yellow", transform=axis.transAxes)
+        axis.axis("off")
+
+
+def draw(cases: dict[str, Scored], path: Path) -> None:
+    """One row a case, under its title: worst, median and best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(len(cases), 3, figsize=(9, 3.1 * len(cases)), facecolor="black", squeeze=False)
+    for row, (name, s) in zip(axes, cases.items(), strict=True):
+        truth = s.truth.lesions if s.truth.lesions is not None and s.truth.lesions.any() else s.truth.brain
+        draw_planes(row, s.study.primary, s.labels[predict.MODEL], truth)
+        row[0].set_title(f"{name} ({figure_of_merit(s):.2f})", color="white", fontsize=9, loc="left")
+    figure.text(0.01, 0.005, f"{NOTICE} White: the truth's lesion or brain.", color="white", fontsize=8)
+    figure.subplots_adjust(0, 0.02, 1, 0.97, 0.01, 0.08)
+    figure.savefig(path, dpi=70, facecolor="black")
+    pyplot.close(figure)
+
+
+def cell(value: dict[str, Any] | str | None) -> str:
+    """A figure with its interval and n, as a table shows it."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if np.isnan(value["value"]):
+        return "not defined"
+    interval = f" [{value['low']:.3g}, {value['high']:.3g}]" if value["n"] > 1 and not np.isnan(value["low"]) else ""
+    return f"{value['value']:.3g}{interval}, n = {value['n']}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """results.md."""
+    lines = [
+        "# Figures of the suites",
+        "",
+        f"{NOTICE} Checkpoint {results['checkpoint']} (`{results['checkpoint_sha256'][:16]}`), suites version {results['suite_version']}, "
+        f"commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws); one case has none. "
+        "Undefined figures are left out of means and of n.",
+        "",
+        f"{results['cases']} cases; median seconds {results['seconds']}; peak memory {results['peak_memory_gib']} GiB; "
+        + ", ".join(f"{k} {v}" for k, v in results["libraries"].items())
+        + ".",
+        "",
+    ]
+    if results["failures"]:
+        lines += ["Could not be scored:", "", *(f"- {f}" for f in results["failures"]), ""]
+    for table in results["tables"]:
+        systems = list(dict.fromkeys(k for r in table["rows"] for k in r["values"]))
+        lines += [
+            f"## {table['suite']}: {table['title']}",
+            "",
+            f"| what | metric (better; range) | {' | '.join(systems)} |",
+            "|" + "---|" * (len(systems) + 2),
+        ]
+        for r in table["rows"]:
+            low, high = r["range"]
+            told = (
+                f"{r['metric']} ({r['direction']}; {low:g} to {high:g})"
+                if "k of n" not in r["metric"]
+                else f"{r['metric']} ({r['direction']})"
+            )
+            lines.append(f"| {r['what']} | {told} | {' | '.join(cell(r['values'].get(s)) for s in systems)} |")
+        lines += ["", *(f"- {n}" for n in table["notes"]), ""]
+    return "\n".join(lines)
 
 
 def picture(assistant: Assistant, out: Path) -> dict[str, Any]:
@@ -128,59 +274,19 @@ def picture(assistant: Assistant, out: Path) -> dict[str, Any]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from nilearn.datasets import load_mni152_template
 
-    from omnimri.grid import closest_axes
+    from .cases import _template
 
-    image = load_mni152_template(resolution=1)
-    study = study_of(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine), oriented=True)
+    study, _ = _template()
     answer = assistant.answer(study, "Write a report.", task="report")
     labels = assistant.segment(study).labels
     assert labels is not None
-    volume = study.primary
-    spread = torch.zeros(64, dtype=torch.int32)
-    for s in STRUCTURES:
-        spread[s.label] = 1 + (CLASS_OF_LABEL[s.label] * 13) % 32
-    coloured = spread[labels.long()]
-    x, y, z = closest_axes(volume.affine)
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 8.6), facecolor="black")
-    centre = [n // 2 for n in volume.shape]
-    for k, axis in enumerate((z, y, x)):
-        for row in range(2):
-            cut = volume.voxels[0].select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
-            shown = coloured.select(axis, centre[axis]).numpy().T[::-1, ::-1 if axis != x else 1]
-            axes[row, k].imshow(cut, cmap="gray")
-            if row:
-                style = {"cmap": "nipy_spectral", "vmin": 0, "vmax": 33, "alpha": 0.55, "interpolation": "nearest"}
-                axes[row, k].imshow(np.ma.masked_equal(shown, 0), **style)
-            axes[row, k].axis("off")
-            for place, letter in ((0.02, "R" if axis != x else "P"), (0.95, "L" if axis != x else "A")):
-                axes[row, k].text(place, 0.5, letter, color="yellow", transform=axes[row, k].transAxes)
+    for row, shown in zip(axes, (np.zeros(labels.shape, dtype=np.int32), labels.numpy()), strict=True):
+        draw_planes(row, study.primary, shown, None)
     words = "\n".join(textwrap.wrap(f"Write a report. -> {answer.text}", 130))
     figure.text(0.02, 0.01, f"{words}\n{answer.notice}", color="white", fontsize=9)
     figure.subplots_adjust(0, 0.14, 1, 1, 0.01, 0.01)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "answer.png", dpi=80, facecolor="black")
     return {"text": answer.text}
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held, GiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-
-def write_results(results: dict[str, Any], out: Path) -> None:
-    """Write results.json, and results.md with one row a number."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    rows = ["| what | value |", "|---|---|"]
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for k, v in value.items():
-                walk(f"{prefix} {k}".strip(), v)
-        else:
-            rows.append(f"| {prefix} | {value:.4g} |" if isinstance(value, float) else f"| {prefix} | {value} |")
-
-    walk("", results)
-    (out / "results.md").write_text("\n".join(rows) + "\n")

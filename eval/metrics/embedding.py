@@ -29,8 +29,10 @@ class Encoder:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
             self.model = AutoModel.from_pretrained(folder, use_safetensors=True, **local).eval()
         except (OSError, ValueError) as error:
-            raise ValueError(f"expected a folder with a tokenizer and a model in safetensors, got {folder.name!r} that cannot be loaded "
-                             f"({type(error).__name__}); save one with save_pretrained") from None
+            raise ValueError(
+                f"expected a folder with a tokenizer and a model in safetensors, got {folder.name!r} that cannot be loaded "
+                f"({type(error).__name__}); save one with save_pretrained"
+            ) from None
         self.name = folder.name
         self._kept: dict[str, Tensor] = {}
 
@@ -64,14 +66,21 @@ class Encoder:
     def metrics(self) -> list[Metric]:
         """Both, as metrics: the mean over samples of the best over references."""
 
-        def best(pair):  # noqa: ANN001, ANN202
+        def best(pair):
             def statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
                 return mean_of(np.array([max(pair(p, r) for r in refs) for p, refs in zip(predictions, references, strict=True)]))
 
             return statistics
 
         return [
-            Metric("BERTScore", f"F1 of greedy token matches by cosine, last layer of {self.name}, no baseline", best(self.bertscore), mean_score,
-                   range=(-1.0, 1.0)),
-            Metric("embedding similarity", f"cosine of mean token vectors of {self.name}", best(self.similarity), mean_score, range=(-1.0, 1.0)),
+            Metric(
+                "BERTScore",
+                f"F1 of greedy token matches by cosine, last layer of {self.name}, no baseline",
+                best(self.bertscore),
+                mean_score,
+                range=(-1.0, 1.0),
+            ),
+            Metric(
+                "embedding similarity", f"cosine of mean token vectors of {self.name}", best(self.similarity), mean_score, range=(-1.0, 1.0)
+            ),
         ]

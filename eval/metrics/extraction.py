@@ -10,44 +10,78 @@ import csv
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 SEQUENCE_KINDS = ("T1w", "T1w-Gd", "T2w", "PDw", "FLAIR", "DWI", "ADC", "T2*", "SWI")
-NUMBERS = {"single": 1, "solitary": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-           "ten": 10, "eleven": 11, "twelve": 12, "pair of": 2}
+NUMBERS = {
+    "single": 1,
+    "solitary": 1,
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "eleven": 11,
+    "twelve": 12,
+    "pair of": 2,
+}
 MULTIPLE = r"several|multiple|numerous|many|scattered|a few|few|innumerable|countless|multifocal"
 UNIT_MM = {"mm": 1.0, "millimetre": 1.0, "millimeter": 1.0, "cm": 10.0, "centimetre": 10.0, "centimeter": 10.0}
 _UNIT = r"(?:mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)"
 _NUMBER = r"\d+(?:[.,]\d+)?"
 _AXIS = r"(?: ?\(?(?:AP|TV|CC|TR|SI|ML|craniocaudal|transverse|anteroposterior)\)?)?"
-SIZE = re.compile(rf"(?<![\w.])(?P<first>{_NUMBER})(?:[- ]?{_UNIT})?{_AXIS}(?:\s?(?:x|by|×|-|to)\s?{_NUMBER}(?:[- ]?{_UNIT})?{_AXIS}){{0,2}}[- ]?(?P<unit>{_UNIT})\b", re.IGNORECASE)
+SIZE = re.compile(
+    rf"(?<![\w.])(?P<first>{_NUMBER})(?:[- ]?{_UNIT})?{_AXIS}(?:\s?(?:x|by|×|-|to)\s?{_NUMBER}(?:[- ]?{_UNIT})?{_AXIS}){{0,2}}[- ]?(?P<unit>{_UNIT})\b",
+    re.IGNORECASE,
+)
 VOLUME = re.compile(rf"(?<![\w.])({_NUMBER}) ?(?:ml|cc|cm3|cm³|millilit(?:er|re)s?)\b", re.IGNORECASE)
-SIDE = re.compile(r"\b(left(?:[- ]sided|wards?)?|right(?:[- ]sided|wards?)?|bilateral(?:ly)?|both|either|each|midline|lt|rt|[LR](?=[ -])|b/l)\b(?! shift)", re.IGNORECASE)
+SIDE = re.compile(
+    r"\b(left(?:[- ]sided|wards?)?|right(?:[- ]sided|wards?)?|bilateral(?:ly)?|both|either|each|midline|lt|rt|[LR](?=[ -])|b/l)\b(?! shift)",
+    re.IGNORECASE,
+)
 SIDE_NAMES = {"l": "left", "r": "right", "b": "both", "e": "both", "m": "midline"}
 PLANE = re.compile(r"(?<![-\w])(axial|transverse|transaxial|coronal|sagittal)(?![-\w])", re.IGNORECASE)
-CLAUSE = re.compile(r";|(?<=[a-z)]):(?= (?:no|there)\b)|,? \bbut\b|,? \bwhereas\b|,? \bwhile\b|,? \bhowever\b,?|,? and (?=(?:there (?:is|are)|no\b))|\. (?=[A-Z])"
-                    r"|, (?=no\b|there (?:is|are)\b)", re.IGNORECASE)
+CLAUSE = re.compile(
+    r";|(?<=[a-z)]):(?= (?:no|there)\b)|,? \bbut\b|,? \bwhereas\b|,? \bwhile\b|,? \bhowever\b,?|,? and (?=(?:there (?:is|are)|no\b))|\. (?=[A-Z])"
+    r"|, (?=no\b|there (?:is|are)\b)",
+    re.IGNORECASE,
+)
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])|\n+")
 ABBREVIATION = re.compile(r"\b(?:approx|Lt|Rt|L|R|vs|ca|No|Dr|e\.g|i\.e|incl|resp)\.$")
-DIAGNOSIS = re.compile(r"(?:in keeping with|consistent with|compatible with|suggest(?:ive of|ing|s)|suspicious for|likely|probably|possibly|perhaps|presumably|represent(?:s|ing)?|"
-                       r"reflect(?:s|ing)?|favou?r(?:s|ing)?|be|concerning for|worrisome for|typical of|characteristic of|diagnostic of|as|due to|from|"
-                       r"indicat(?:es|ing|ive of)|cannot exclude)(?: (?:an?|the|old|acute|subacute|chronic|small|new|late|early|high-grade|low-grade|\w+))?(?: \w+)? $", re.IGNORECASE)
-LINKS = re.compile(r"\b(?:in|of|within|with|without|and|or|nor|is|are|was|were|at|on|along|over|to|from|seen|has|have|involv\w+|near|shows?|noted|measur\w+|lies|no|not|there|"
-                   r"which|that|around|into|affecting|extending|than|for|by|abutting|causing|exerting|surrounding)\b|[,;:(]", re.IGNORECASE)
-AGAIN = re.compile(r"\b(?:another|a second|a third|a further|the other|one)\b(?= (?:of [\d_]|in|at|on|[\d_]|lies|is|measur|\())", re.IGNORECASE)
-NEARBY = re.compile(r"\b(?:surrounding|associated|adjacent|perilesional|accompanying|internal|intralesional|central|peripheral)\b[ \w-]*$", re.IGNORECASE)
-PRECEDING = ("neither", "nor", "no definite", "no convincing", "no abnormal", "none of", "no new", "nil", "w/o", "devoid of", "lack of", "lacks", "resolution of",
-             "exclude", "excludes", "excluding", "negative", "fails to show", "fails to demonstrate", "did not show", "does not show", "do not show", "not show", "ruling out")
-FOLLOWING = ("is excluded", "are excluded", "absent", "has resolved", "have resolved", "resolved", "none", "is ruled out", "are ruled out", "ruled out", "not present",
-             "not demonstrated", "not seen", "not identified", "not evident", "not detected", "not apparent", "not found", "not appreciated", "not visualised",
-             "not visualized", "not shown", "not observed", "no longer seen", "no longer visible", "no longer present", "no longer evident", "no longer identified",
-             "never seen", "not visible", "not noted", "can be excluded", "has cleared")
-TERMINATION = (";", "there is", "there are", "with", "known", "unchanged", "stable", "otherwise")
-PSEUDO = ("cannot be excluded", "cannot be entirely excluded", "cannot be completely excluded", "cannot be confidently excluded", "cannot be ruled out", "cannot exclude", "not excluded", "no longer", "have not changed", "has not changed",
-          "not changed", "not enlarged", "not grown", "without change", "without interval change", "no substantial change", "no appreciable change", "no progression", "not included",
-          "not covered", "not increased", "no growth", "without growth", "not resolved", "not yet resolved", "not completely", "not entirely excluded", "no enlargement",
-          "cannot be", "not dilated", "not displaced", "not fully", "nor increased")
+DIAGNOSIS = re.compile(
+    r"(?:in keeping with|consistent with|compatible with|suggest(?:ive of|ing|s)|suspicious for|likely|probably|possibly|perhaps|presumably|represent(?:s|ing)?|"
+    r"reflect(?:s|ing)?|favou?r(?:s|ing)?|be|concerning for|worrisome for|typical of|characteristic of|diagnostic of|as|due to|from|"
+    r"indicat(?:es|ing|ive of)|cannot exclude)(?: (?:an?|the|old|acute|subacute|chronic|small|new|late|early|high-grade|low-grade|\w+))?(?: \w+)? $",
+    re.IGNORECASE,
+)
+LINKS = re.compile(
+    r"\b(?:in|of|within|with|without|and|or|nor|is|are|was|were|at|on|along|over|to|from|seen|has|have|involv\w+|near|shows?|noted|measur\w+|lies|no|not|there|"
+    r"which|that|around|into|affecting|extending|than|for|by|abutting|causing|exerting|surrounding)\b|[,;:(]",
+    re.IGNORECASE,
+)
+WORSE = re.compile(
+    r"\b(?:worse|greater|larger|more(?: (?:so|marked(?:ly)?|pronounced|prominent|extensive|severe))?|predominantly|mainly|mostly) (?:on|in) (?:the )?(left|right)\b"
+    r"|\b(left|right)(?: side)? (?:greater|more|worse|larger) than",
+    re.IGNORECASE,
+)
+PRONOUN = re.compile(
+    r"(?:It|This|They|These|Its|Their|The largest|The larger|The same|A similar|An identical|Another|A second|A further|A third|None|All|Both|Each)\b"
+)
+REFERRED = "it"
+"""Type of what a sentence speaks about without naming it: the finding before."""
+AGAIN = re.compile(
+    r"\b(?:another|a second|a third|a further|the other|one)\b(?= (?:of [\d_]|in|at|on|[\d_]|lies|is|measur|\())", re.IGNORECASE
+)
+NEARBY = re.compile(
+    r"\b(?:surrounding|associated|adjacent|perilesional|accompanying|internal|intralesional|central|peripheral)\b[ \w-]*$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +99,10 @@ class Finding:
     signal: tuple[tuple[str, str], ...] = ()
     """(sequence or empty, value)"""
     severity: str | None = None
+    worse: str | None = None
+    """The side on which it is worse."""
+    seen_on: tuple[str, ...] = ()
+    """Sequences named in its clause."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +141,34 @@ class Mention:
     found: dict[str, Any] = field(default_factory=dict)
 
 
+def _rows() -> list[dict[str, str]]:
+    with (Path(__file__).parent / "lexicon.tsv").open(encoding="utf-8") as f:
+        return list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 @lru_cache(1)
 def lexicon() -> dict[str, list[tuple[str, re.Pattern]]]:
     """Kind -> (name, pattern), as `lexicon.tsv` lists them."""
     out: dict[str, list[tuple[str, re.Pattern]]] = {}
-    with (Path(__file__).parent / "lexicon.tsv").open(encoding="utf-8") as f:
-        for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE):
-            # Compounds as "frontoparietal" hold two places.
-            begin, end = r"(?:(?<!\w)|(?<=fronto)|(?<=parieto)|(?<=temporo))", r"(?!\w)"
-            if row["pattern"] == r"\?":
-                begin = end = ""
-            elif row["pattern"].endswith("))") and "(?=" in row["pattern"]:
-                end = ""
-            out.setdefault(row["kind"], []).append((row["name"], re.compile(begin + f"(?:{row['pattern']})" + end, re.IGNORECASE)))
+    for row in _rows():
+        if row["kind"].startswith("negex"):
+            continue
+        # Compounds as "frontoparietal" hold two places.
+        begin, end = r"(?:(?<!\w)|(?<=fronto)|(?<=parieto)|(?<=temporo))", r"(?!\w)"
+        if row["pattern"] == r"\?":
+            begin = end = ""
+        elif row["pattern"].endswith("))") and "(?=" in row["pattern"]:
+            end = ""
+        out.setdefault(row["kind"], []).append((row["name"], re.compile(f"{begin}(?:{row['pattern']}){end}", re.IGNORECASE)))
+    return out
+
+
+def terms_of_negation() -> dict[str, list[str]]:
+    """What is added to NegEx's own terms, and what is dropped from them."""
+    out: dict[str, list[str]] = {"preceding": [], "following": [], "termination": [], "pseudo": [], "dropped": []}
+    for row in _rows():
+        if row["kind"].startswith("negex"):
+            out[row["kind"].removeprefix("negex ")].append(row["pattern"])
     return out
 
 
@@ -125,17 +178,20 @@ def _negex():  # a blank English pipeline: tokens and NegEx
     from negspacy.negation import Negex
     from negspacy.termsets import termset
 
-    terms = {k: list(v) for k, v in termset("en_clinical").get_patterns().items()}
-    dropped = {"versus", "evaluate for", "ro", "free", "cannot", "can't", "cant", "unlikely", "still", "involving", "not rule out", "not ruled out", "not been ruled out"}
-    for name, more in (("preceding_negations", PRECEDING), ("following_negations", FOLLOWING), ("termination", TERMINATION), ("pseudo_negations", PSEUDO)):
-        terms[name] = [t for t in terms[name] if t not in dropped] + list(more)
+    own = terms_of_negation()
+    terms = {
+        kind: [t for t in known if t not in own["dropped"]] + own[kind.removesuffix("_negations").removesuffix("s")]
+        for kind, known in termset("en_clinical").get_patterns().items()
+    }
     nlp = spacy.blank("en")
     return nlp, Negex(nlp, "negex", terms, span_keys=["facts"])
 
 
 def matches(kind: str, text: str) -> list[Mention]:
     """Terms of a kind, the longest first where they overlap, by place."""
-    spans = [Mention(kind, name, m.start(), m.end()) for name, pattern in lexicon()[kind] for m in pattern.finditer(text) if m.end() > m.start()]
+    spans = [
+        Mention(kind, name, m.start(), m.end()) for name, pattern in lexicon()[kind] for m in pattern.finditer(text) if m.end() > m.start()
+    ]
     spans.sort(key=lambda s: (s.start - s.end, s.start))
     kept: list[Mention] = []
     for span in spans:
@@ -164,13 +220,21 @@ def sentences(text: str) -> list[str]:
 
 @lru_cache(100_000)
 def extract(text: str) -> Facts:
-    """All facts of a report."""
+    """All facts of a report. A sentence that tells more of something without naming it speaks of the finding before."""
     parts = [extract_sentence(s) for s in sentences(text.replace("–", "-").replace("\xa0", " ").replace("×", "x"))]
+    findings: list[Finding] = []
+    for part in parts:
+        for f in part.findings:
+            if f.type != REFERRED:
+                findings.append(f)
+            elif replace(f, seen_on=()) != Finding(REFERRED, f.negated, f.certainty) or (findings and f.seen_on):
+                before = next((x.type for x in reversed(findings) if not x.negated), "lesion")
+                findings.append(replace(f, type=before))
     return Facts(
         tuple(dict.fromkeys(s for p in parts for s in p.sequences)),
         tuple(dict.fromkeys(s for p in parts for s in p.planes)),
         tuple(s for p in parts for s in p.structures),
-        tuple(s for p in parts for s in p.findings),
+        tuple(findings),
     )
 
 
@@ -188,39 +252,80 @@ def extract_sentence(text: str) -> Facts:
     signals = [m for m in early if not any(f.start < m.end and m.start < f.end for f in findings)]
     # "ring-enhancing" and the like are told of another finding; a lone "high signal" is a finding itself.
     rest = _blank(rest, findings + signals)
-    places = matches("place", rest)
+    places = [
+        p
+        for p in matches("place", rest)
+        if not re.search(r"(?:_|compared|relative) (?:to|with) (?:the )?(?:adjacent |normal )?$", rest[: p.start])
+    ]
     clause_ends = [m.end() for m in CLAUSE.finditer(rest)] + [len(text)]
-    sides = [Mention("side", SIDE_NAMES[m[0][0].lower()], m.start(), m.end()) for m in SIDE.finditer(rest)]
-    numbers = [Mention("number", m[0].lower(), m.start(), m.end())
-               for m in re.finditer(rf"\b(?:{'|'.join(NUMBERS)}|{MULTIPLE}|\d{{1,2}})\b(?![.,/]\d)(?! ?(?:T|tesla|years?|weeks?|months?|days?|score)\b)", rest, re.IGNORECASE)]
+    worse = [(m.start(), m.end(), (m[1] or m[2]).lower()) for m in WORSE.finditer(rest)]
+    sides = [
+        Mention("side", SIDE_NAMES[m[0][0].lower()], m.start(), m.end())
+        for m in SIDE.finditer(rest)
+        if not any(a <= m.start() < b for a, b, _ in worse)
+    ]
+    numbers = [
+        Mention("number", m[0].lower(), m.start(), m.end())
+        for m in re.finditer(
+            rf"\b(?:{'|'.join(NUMBERS)}|{MULTIPLE}|\d{{1,2}})\b(?![.,/]\d)(?! ?(?:T|tesla|years?|weeks?|months?|days?|score)\b)",
+            rest,
+            re.IGNORECASE,
+        )
+    ]
     severities = matches("severity", rest)
     for m in AGAIN.finditer(rest):
         before = [f for f in findings if f.end <= m.start()]
         if before and not any(0 <= f.start - m.end() < 25 and not LINKS.search(rest[m.end() : f.start]) for f in findings):
             findings.append(Mention("finding", before[-1].name, m.start(), m.end()))
     findings.sort(key=lambda f: f.start)
+    if (PRONOUN.match(text) and all(f.name in ("enhancement", "diffusion restriction") for f in findings)) or not findings:
+        findings.insert(0, Mention("finding", REFERRED, 0, 0))
     _negate(text, findings + [s for s in signals if s.name in ("enhancing", "restricted")])
     _doubt(text, findings)
     _pair(rest, sides, places)
+    sides = [s for s in sides if s.name != "both" or rest[s.start : s.end].lower().startswith(("bilateral", "b/l"))]
     structures: list[Structure] = []
     out: list[Finding] = []
     begin = 0
     earlier: list[Mention] = []
     for end in clause_ends:
-        inside = {k: [m for m in v if begin <= m.start < end] for k, v in (
-            ("finding", findings), ("place", places), ("side", sides), ("size", sizes), ("volume", volumes), ("number", numbers),
-            ("signal", signals), ("severity", severities), ("sequence", sequences))}
+        inside = {
+            k: [m for m in v if begin <= m.start < end]
+            for k, v in (
+                ("finding", findings),
+                ("place", places),
+                ("side", sides),
+                ("size", sizes),
+                ("volume", volumes),
+                ("number", numbers),
+                ("signal", signals),
+                ("severity", severities),
+                ("sequence", sequences),
+            )
+        }
         structures += _structures(text, rest, begin, end, inside)
         _attach(text, rest, inside, earlier)
-        earlier += [f for f in inside["finding"] if not f.diagnosis]
+        told = [f for f in inside["finding"] if not f.diagnosis]
+        for f in told or earlier[-1:]:
+            f.found["seen_on"] = [*f.found.get("seen_on", []), *(s.name for s in inside["sequence"])]
+        for at, _, side in worse:
+            before = [f for f in told if f.end <= at]
+            if begin <= at < end and before:
+                before[-1].found["worse"] = side
+        earlier += told
         begin = end
     for f in findings:
         if not f.found.get("dropped"):
-            out += _finished(f)
+            within = matches("severity", text[f.start : f.end])
+            out += _finished(f, within[0].name if within else f.found.get("severity"))
+    if structures or len(text) > 2000:
+        out = [f for f in out if f.type != REFERRED]
     return Facts(
         tuple(dict.fromkeys(s.name for s in sequences)),
         tuple(dict.fromkeys("axial" if "trans" in m[0].lower() else m[0].lower() for m in sorted(planes, key=lambda m: m.start()))),
-        tuple(structures), tuple(out))
+        tuple(structures),
+        tuple(out),
+    )
 
 
 def _negate(text: str, spans: list[Mention]) -> None:
@@ -233,7 +338,7 @@ def _negate(text: str, spans: list[Mention]) -> None:
     found = [(s, doc.char_span(s.start, s.end, alignment_mode="expand")) for s in spans]
     doc.spans["facts"] = [span for _, span in found if span is not None]
     negex(doc)
-    for (mention, span), marked in zip([x for x in found if x[1] is not None], doc.spans["facts"], strict=True):
+    for mention, marked in zip([m for m, span in found if span is not None], doc.spans["facts"], strict=True):
         mention.negated = bool(marked._.negex)
 
 
@@ -254,14 +359,14 @@ def _doubt(text: str, findings: list[Mention]) -> None:
         last = None
         for f in following:
             between = text[(last.end if last else cue.end) : f.start]
-            if last is None and not re.search(r";|\. ", between):
-                f.possible = True
-            elif last is not None and re.fullmatch(r"(?:,? ?(?:or|versus|vs\.?)(?: an?| \w+)? ?|, (?=.*\bor\b)|, )", between):
+            if (last is None and not re.search(r";|\. ", between)) or (last is not None and re.fullmatch(r"(?:,? ?(?:or|versus|vs\.?)(?: an?| \w+)? ?|, (?=.*\bor\b)|, )", between)):
                 f.possible = True
             else:
                 break
             last = f
-            f.diagnosis = f.diagnosis or (f is not findings[0] and bool(re.search(r"\b(?:or|versus|vs)\b", between)) and findings[findings.index(f) - 1].diagnosis)
+            f.diagnosis = f.diagnosis or (
+                f is not findings[0] and bool(re.search(r"\b(?:or|versus|vs)\b", between)) and findings[findings.index(f) - 1].diagnosis
+            )
     for cue in after:
         earlier = [f for f in findings if f.end <= cue.start and not re.search(r";|\. ", text[f.end : cue.start])]
         told_before = any(b.start == cue.start and b.end == cue.end and any(f.start >= cue.end for f in findings) for b in before)
@@ -273,28 +378,41 @@ def _doubt(text: str, findings: list[Mention]) -> None:
 
 _ADJECTIVES = re.compile(
     r"(?:[\s-]|sided?|of|the|anterior|posterior|superior|inferior|medial|mesial|lateral|high|deep|mid|upper|lower|middle|paramedian|dorsal|ventral|central|aspect|cerebral|hemisphere|"
-    r"part|portion|pole|head|body|parts|half|nucleus|nuclei|subinsular|-)*", re.IGNORECASE)
+    r"part|portion|pole|head|body|parts|half|nucleus|nuclei|subinsular|-)*",
+    re.IGNORECASE,
+)
 
 
 def _pair(rest: str, sides: list[Mention], places: list[Mention]) -> None:
     """Give sides to the places that they stand at; places in one list share the first's side."""
     used = []
+    for p in places:
+        inner = SIDE.search(rest, p.start, p.end)
+        p.side = SIDE_NAMES[inner[0][0].lower()] if inner else None
     for s in sides:
         after = [p for p in places if p.start >= s.end]
         before = [p for p in places if p.end <= s.start]
         if after and _ADJECTIVES.fullmatch(rest[s.end : after[0].start]):
             after[0].side = s.name
             used.append(s)
-        elif before and re.fullmatch(r",? (?:on (?:the|both) |of the |side )*", rest[before[-1].end : s.start]) and (s.name == "both" or "on the" in rest[before[-1].end : s.start]):
+        elif (
+            before
+            and re.fullmatch(r",? (?:on (?:the|both) |of the |side )*", rest[before[-1].end : s.start])
+            and (s.name == "both" or "on the" in rest[before[-1].end : s.start])
+        ):
             before[-1].side = before[-1].side or s.name
             used.append(s)
-    for a, b in zip(places, places[1:]):
+    for a, b in pairwise(places):
         between = rest[a.end : b.start]
         if a.side and not b.side and re.fullmatch(r"[\s/-]*|,? (?:and|or) (?:the )?|, |(?: \w+)? (?:of|in) (?:the )?|-", between):
             b.side = a.side
-        elif b.side and not a.side and re.fullmatch(r"(?: \w+)? (?:of|in) (?:the |both )?|[\s/-]*", between.replace("both", "").replace("left", "").replace("right", "")):
-            a.side = b.side
-        elif b.side and not a.side and re.fullmatch(r" (?:of|in) (?:the )?(?:left|right|both) ", between):
+        elif (
+            b.side
+            and not a.side
+            and re.fullmatch(
+                r"(?: \w+)? (?:of|in) (?:the |both )?|[\s/-]*", between.replace("both", "").replace("left", "").replace("right", "")
+            )
+        ) or (b.side and not a.side and re.fullmatch(r" (?:of|in) (?:the )?(?:left|right|both) ", between)):
             a.side = b.side
     sides[:] = [s for s in sides if s not in used]
 
@@ -302,8 +420,10 @@ def _pair(rest: str, sides: list[Mention], places: list[Mention]) -> None:
 def _structures(text: str, rest: str, begin: int, end: int, inside: dict[str, list[Mention]]) -> list[Structure]:
     """Places of a clause that are called normal, visible or not visible, taken out of it."""
     clause = text[begin:end]
-    findings = inside["finding"]
-    compared = re.search(r"\b(?:brighter|darker|hyperintense|hypointense|isointense)\b(?: than| to| compared (?:to|with)| relative to)", clause)
+    findings = [f for f in inside["finding"] if f.name != REFERRED]
+    compared = re.search(
+        r"\b(?:brighter|darker|hyperintense|hypointense|isointense)\b(?: than| to| compared (?:to|with)| relative to)", clause
+    )
     taken: list[Mention] = []
     out: list[Structure] = []
     if compared and not findings:
@@ -314,12 +434,28 @@ def _structures(text: str, rest: str, begin: int, end: int, inside: dict[str, li
         inside["place"] = []
         return out
     for state in ("not visible", "normal", "visible"):
+        if state == "visible" and re.search(r"\bMRI?\b|\bstudy\b|\bexamination\b", clause):
+            continue
         cues = [m for m in matches(state, clause) if not any(f.start < begin + m.end and begin + m.start < f.end for f in findings)]
         if not cues or (state == "visible" and findings):
             continue
         cue = cues[0]
-        left = [p for p in inside["place"] if p.end <= begin + cue.start and not any(p.start < f.end <= begin + cue.start or f.start < p.start for f in findings if f.start < begin + cue.start)]
-        right = [p for p in inside["place"] if p.start >= begin + cue.end and not any(f.start < p.start or LINKS.sub("", rest[p.end : f.start]).strip() == rest[p.end : f.start].strip() for f in findings if f.start >= begin + cue.end)]
+        left = [
+            p
+            for p in inside["place"]
+            if p.end <= begin + cue.start
+            and not any(p.start < f.end <= begin + cue.start or f.start < p.start for f in findings if f.start < begin + cue.start)
+        ]
+        right = [
+            p
+            for p in inside["place"]
+            if p.start >= begin + cue.end
+            and not any(
+                f.start < p.start or LINKS.sub("", rest[p.end : f.start]).strip() == rest[p.end : f.start].strip()
+                for f in findings
+                if f.start >= begin + cue.end
+            )
+        ]
         chosen = (left or right) if state != "visible" else (right or left)
         if not chosen:
             continue
@@ -335,11 +471,17 @@ def _structures(text: str, rest: str, begin: int, end: int, inside: dict[str, li
 def _attach(text: str, rest: str, inside: dict[str, list[Mention]], earlier: list[Mention]) -> None:
     """Give every attribute of a clause to its finding, then share places where a reader would."""
     findings = [f for f in inside["finding"] if not f.diagnosis]
-    solid = [f for f in findings if f.name not in ("enhancement", "diffusion restriction")] + ([e for e in earlier if not e.negated][-1:] if not findings else [])
+    solid = [f for f in findings if f.name not in ("enhancement", "diffusion restriction")] + (
+        [e for e in earlier if not e.negated][-1:] if not findings else []
+    )
     for f in list(findings):
         if f.name in ("enhancement", "diffusion restriction"):
             owners = [o for o in (solid or earlier) if o.end <= f.start and (not o.negated)]
-            if owners and f.name == "enhancement" or (owners and re.search(r"\b(?:with|show\w*|demonstrat\w*|exhibit\w*|has|have)\b", rest[owners[-1].end : f.start])):
+            if (
+                (owners
+                and f.name == "enhancement")
+                or (owners and re.search(r"\b(?:with|show\w*|demonstrat\w*|exhibit\w*|has|have)\b", rest[owners[-1].end : f.start]))
+            ):
                 if not (f.negated and f.name == "diffusion restriction"):
                     value = {"enhancement": "non-enhancing" if f.negated else "enhancing", "diffusion restriction": "restricted"}[f.name]
                     owners[-1].found.setdefault("signals", []).append((f, value))
@@ -388,10 +530,20 @@ def _attach(text: str, rest: str, inside: dict[str, list[Mention]], earlier: lis
         right = [f for f in findings if f.start >= n.end and not LINKS.search(rest[n.end : f.start].replace(",", ""))]
         if right and not re.search(r"(?:fazekas|score|grade|type|slice|image|stage)\s*$", rest[: n.start], re.IGNORECASE):
             right[0].found["number"] = NUMBERS.get(n.name, int(n.name) if n.name.isdigit() else "multiple")
-        elif re.search(r"\b(?:are|were) $", rest[: n.start]) and [f for f in findings if f.end <= n.start] and n.name not in ("single",) and not n.name.isdigit():
+        elif (
+            re.search(r"\b(?:are|were) $", rest[: n.start])
+            and [f for f in findings if f.end <= n.start]
+            and n.name not in ("single",)
+            and not n.name.isdigit()
+        ):
             [f for f in findings if f.end <= n.start][-1].found.setdefault("number", NUMBERS.get(n.name, "multiple"))
     for v in inside["severity"]:
-        right = [f for f in findings if f.start >= v.end and not re.search(r"[,;:]|\b(?:in|of|with|and)\b", rest[v.end : f.start])]
+        right = [
+            f
+            for f in findings
+            if f.start >= v.end
+            and not re.search(r"[,;:]|\b(?:in|of|with|and)\b", re.sub(r"^ (?:amount|degree|extent|volume) of ", " ", rest[v.end : f.start]))
+        ]
         left = [f for f in findings if f.end <= v.start]
         if right:
             right[0].found.setdefault("severity", v.name)
@@ -425,17 +577,25 @@ def contrasts_of(g: Mention, value: str, text: str, rest: str, sequences: list[M
                 break
         return near[::-1]
     after = [s for s in sequences if s.start >= g.end]
-    if after and re.match(r"[- ]?(?:\w+ ){0,3}(?:on|in|at) (?:the |both |axial |coronal |sagittal )*$", rest[g.end : after[0].start].replace("_", "") or "!"):
+    if after and re.match(
+        r"[- ]?(?:\w+ ){0,3}(?:on|in|at) (?:the |both |axial |coronal |sagittal )*$", rest[g.end : after[0].start].replace("_", "") or "!"
+    ):
         near = [after[0].name]
-        for a, b in zip(after, after[1:]):
-            if re.fullmatch(r"(?:,|,? ?and|/|,? ?or|as well as|) ?(?:on |in |the )*(?:images |sequences )?(?:and ?)?", rest[a.end : b.start].strip()):
+        for a, b in pairwise(after):
+            if re.fullmatch(
+                r"(?:,|,? ?and|/|,? ?or|as well as|) ?(?:on |in |the )*(?:images |sequences )?(?:and ?)?", rest[a.end : b.start].strip()
+            ):
                 near.append(b.name)
             else:
                 break
         return near
     if after and re.fullmatch(r" ?(?:signal )?(?:on )?", rest[g.end : after[0].start]):
         return [after[0].name]
-    led = [s for s in before if re.search(r"(?:\bon|\bin|^)\s*(?:the |axial |coronal |sagittal |transverse )*$", text[: s.start], re.IGNORECASE)]
+    led = [
+        s
+        for s in before
+        if re.search(r"(?:\bon|\bin|^)\s*(?:the |axial |coronal |sagittal |transverse )*$", text[: s.start], re.IGNORECASE)
+    ]
     return [led[-1].name] if led and len({s.name for s in sequences}) == 1 else [""]
 
 
@@ -443,7 +603,7 @@ def _share(text: str, findings: list[Mention]) -> None:
     """Findings of a clause without a place take the neighbour's, the one before first."""
     plain = [f for f in findings if f.name != "midline shift"]
     for order in (plain, plain[::-1]):
-        for a, b in zip(order, order[1:]):
+        for a, b in pairwise(order):
             if (b.places or b.found.get("side")) or not (a.places or a.found.get("side")):
                 continue
             nearby = bool(NEARBY.search(text[: b.start][-60:]))
@@ -451,12 +611,21 @@ def _share(text: str, findings: list[Mention]) -> None:
                 b.places, b.found["side"] = list(a.places), a.found.get("side")
 
 
-def _finished(f: Mention) -> list[Finding]:
+def _finished(f: Mention, severity: str | None) -> list[Finding]:
     """The finding of a mention; two where it lies in different places left and right."""
     base = Finding(
-        f.name if f.name != "glioblastoma" else "glioma", f.negated, "possible" if f.possible and not f.negated else "definite", f.found.get("side"),
-        size_mm=tuple(sorted(f.found.get("size_mm", []), reverse=True)), volume_ml=f.found.get("volume_ml"), number=f.found.get("number"),
-        signal=tuple(dict.fromkeys(f.found.get("signal", []))), severity=f.found.get("severity"))
+        f.name if f.name != "glioblastoma" else "glioma",
+        f.negated,
+        "possible" if f.possible and not f.negated else "definite",
+        f.found.get("side"),
+        size_mm=tuple(sorted(f.found.get("size_mm", []), reverse=True)),
+        volume_ml=f.found.get("volume_ml"),
+        number=f.found.get("number"),
+        signal=tuple(dict.fromkeys(f.found.get("signal", []))),
+        severity=severity,
+        worse=f.found.get("worse"),
+        seen_on=tuple(dict.fromkeys(f.found.get("seen_on", []))),
+    )
     by_side: dict[str | None, list[str]] = {}
     for p in f.places:
         by_side.setdefault(p.side, []).extend(p.name.split("+"))
@@ -466,8 +635,13 @@ def _finished(f: Mention) -> list[Finding]:
         return [replace(base, side=s, location=tuple(dict.fromkeys(by_side[s]))) for s in ("left", "right")]
     told = [s for s in by_side if s]
     names = tuple(dict.fromkeys(n for v in by_side.values() for n in v))
-    return [replace(base, side=(told[0] if told else base.side) if f.name != "midline shift" else base.side,
-                    location=names if f.name != "midline shift" else ())]
+    return [
+        replace(
+            base,
+            side=(told[0] if told else base.side) if f.name != "midline shift" else base.side,
+            location=names if f.name != "midline shift" else (),
+        )
+    ]
 
 
 def millimetres(text: str) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,44 @@ from scipy.optimize import linear_sum_assignment
 from .extraction import Facts, Finding, Structure, extract
 from .metric import Metric, ratio
 
-KINDS = ("sequence", "plane", "structure", "finding", "negation", "certainty", "side", "location", "size", "volume", "number", "signal", "severity")
+KINDS = (
+    "sequence",
+    "plane",
+    "structure",
+    "finding",
+    "negation",
+    "certainty",
+    "side",
+    "location",
+    "size",
+    "volume",
+    "number",
+    "signal",
+    "severity",
+)
 SAME_SIZE = 0.2
 """Sizes that differ by no more than this share of the reference agree."""
 GENERAL = {"lesion", "mass"}
 """What a more specific finding may be called."""
-FOCAL = {"lesion", "mass", "glioma", "meningioma", "metastasis", "abscess", "demyelination", "infarct", "haemorrhage", "microbleed",
-         "white-matter hyperintensity", "cyst", "gliosis", "lymphoma", "schwannoma", "adenoma", "vascular malformation"}
+FOCAL = {
+    "lesion",
+    "mass",
+    "glioma",
+    "meningioma",
+    "metastasis",
+    "abscess",
+    "demyelination",
+    "infarct",
+    "haemorrhage",
+    "microbleed",
+    "white-matter hyperintensity",
+    "cyst",
+    "gliosis",
+    "lymphoma",
+    "schwannoma",
+    "adenoma",
+    "vascular malformation",
+}
 Atom = tuple[str, Any]
 
 
@@ -39,7 +71,8 @@ def atoms(x: Finding | Structure) -> list[Atom]:
     told += [("number", x.number)] if x.number is not None else []
     told += [("signal", s) for s in x.signal]
     told += [("severity", x.severity)] if x.severity else []
-    return told
+    told += [("side", ("worse", x.worse))] if x.worse else []
+    return told + [("sequence", s) for s in x.seen_on]
 
 
 def agree(a: Atom, b: Atom) -> bool:
@@ -116,13 +149,20 @@ def contradictions(said: Facts, true: Facts) -> tuple[int, int]:
     return wrong, sum(not said.findings[i].negated for i in alone)
 
 
+def plainly(facts: Facts) -> Facts:
+    """The same facts with a denied abnormality of a structure told as the structure's being normal."""
+    normal = [f for f in facts.findings if f.negated and f.type == "lesion" and f.location]
+    structures = tuple(Structure(name, f.side) for f in normal for name in f.location)
+    return replace(facts, findings=tuple(f for f in facts.findings if f not in normal), structures=facts.structures + structures)
+
+
 def fact_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """(N, 5): facts right, said and true, contradictions, unsupported findings; of several references the one with the best F1."""
     rows = []
     for text, refs in zip(predictions, references, strict=True):
-        said, best = extract(text), None
+        said, best = plainly(extract(text)), None
         for reference in refs:
-            true = extract(reference)
+            true = plainly(extract(reference))
             right, a, b = (sum(c.values()) for c in count(said, true))
             row = (right, a, b, *contradictions(said, true))
             f1 = 2 * right / (a + b) if a + b else 1.0
@@ -139,12 +179,29 @@ def _f1(s: np.ndarray) -> np.ndarray:
 
 FACT_METRICS: tuple[Metric, ...] = (
     Metric("fact F1", "facts of a report by rules, pooled: F1", fact_statistics, _f1),
-    Metric("fact precision", "share of the facts said that the reference has", fact_statistics, lambda s: ratio(s[..., 0], s[..., 1], otherwise=1.0)),
-    Metric("fact recall", "share of the reference's facts that are said", fact_statistics, lambda s: ratio(s[..., 0], s[..., 2], otherwise=1.0)),
-    Metric("contradictions", "contradicting negations, sides, sizes (20 %) and sequences for each fact said", fact_statistics,
-           lambda s: ratio(s[..., 3], s[..., 1]), higher_is_better=False),
-    Metric("unsupported", "asserted findings that the reference lacks for each fact said", fact_statistics,
-           lambda s: ratio(s[..., 4], s[..., 1]), higher_is_better=False),
+    Metric(
+        "fact precision",
+        "share of the facts said that the reference has",
+        fact_statistics,
+        lambda s: ratio(s[..., 0], s[..., 1], otherwise=1.0),
+    ),
+    Metric(
+        "fact recall", "share of the reference's facts that are said", fact_statistics, lambda s: ratio(s[..., 0], s[..., 2], otherwise=1.0)
+    ),
+    Metric(
+        "contradictions",
+        "contradicting negations, sides, sizes (20 %) and sequences for each fact said",
+        fact_statistics,
+        lambda s: ratio(s[..., 3], s[..., 1]),
+        higher_is_better=False,
+    ),
+    Metric(
+        "unsupported",
+        "asserted findings that the reference lacks for each fact said",
+        fact_statistics,
+        lambda s: ratio(s[..., 4], s[..., 1]),
+        higher_is_better=False,
+    ),
 )
 
 
@@ -157,14 +214,48 @@ def by_kind(counts: Iterable[tuple[Counter, Counter, Counter]]) -> dict[str, dic
     for kind in (*KINDS, "all"):
         r, s, t = (c[kind] if kind != "all" else sum(c.values()) for c in (right, said, true))
         if s or t:
-            out[kind] = {"precision": r / s if s else float("nan"), "recall": r / t if t else float("nan"), "f1": 2 * r / (s + t), "said": s, "true": t}
+            out[kind] = {
+                "precision": r / s if s else float("nan"),
+                "recall": r / t if t else float("nan"),
+                "f1": 2 * r / (s + t),
+                "said": s,
+                "true": t,
+            }
     return out
 
 
 def facts_of_gold(row: dict[str, Any]) -> Facts:
     """Facts of one annotated sentence (`tests/golden/facts.md`)."""
     return Facts(
-        tuple(row["sequences"]), tuple(row["planes"]),
+        tuple(row["sequences"]),
+        tuple(row["planes"]),
         tuple(Structure(s["name"], s["side"], s["state"], s.get("signal")) for s in row["structures"]),
-        tuple(Finding(f["type"], f["negated"], f["certainty"], f["side"], tuple(f["location"]), tuple(map(float, f["size_mm"])), f["volume_ml"],
-                      f["number"], tuple((s["contrast"], s["value"]) for s in f["signal"])) for f in row["findings"]))
+        tuple(
+            Finding(
+                f["type"],
+                f["negated"],
+                f["certainty"],
+                f["side"],
+                tuple(f["location"]),
+                tuple(map(float, f["size_mm"])),
+                f["volume_ml"],
+                f["number"],
+                tuple((s["contrast"], s["value"]) for s in f["signal"]),
+            )
+            for f in row["findings"]
+        ),
+    )
+
+
+def _same_type(a: Finding, b: Finding) -> float:
+    return _same_thing(a, b) if a.type == b.type else 0.0
+
+
+def score_gold(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The extractor against annotated sentences, by kind; what the annotation does not hold (severity, worse side, sequences of a finding) is left out."""
+    counts = []
+    for row in rows:
+        said = extract(row["text"])
+        said = replace(said, findings=tuple(replace(f, severity=None, worse=None, seen_on=()) for f in said.findings))
+        counts.append(count(said, facts_of_gold(row), pairing=_same_type))
+    return by_kind(counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def stem(word: str) -> str:
 
 
 @lru_cache(1)
-def _porter():  # noqa: ANN202
+def _porter():
     from nltk.stem.porter import PorterStemmer
 
     return PorterStemmer()
@@ -52,7 +53,7 @@ def single_meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     pairs = align(hypothesis, reference)
     if not pairs:
         return 0.0
-    chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in zip(pairs, pairs[1:], strict=False))
+    chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in pairwise(pairs))
     precision, recall = len(pairs) / len(hypothesis), len(pairs) / len(reference)
     mean = precision * recall / (ALPHA * precision + (1 - ALPHA) * recall)
     return mean * (1 - GAMMA * (chunks / len(pairs)) ** BETA)
@@ -60,6 +61,11 @@ def single_meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Mean over samples of the best METEOR over references; lower-case whitespace tokens."""
-    return mean_of(np.array([
-        max(single_meteor(said.lower().split(), r.lower().split()) for r in refs)
-        for said, refs in zip(predictions, references, strict=True)]))
+    return mean_of(
+        np.array(
+            [
+                max(single_meteor(said.lower().split(), r.lower().split()) for r in refs)
+                for said, refs in zip(predictions, references, strict=True)
+            ]
+        )
+    )

@@ -22,8 +22,32 @@ SIGMA = 6.0
 """Width of CIDEr-D's penalty on length, in bigrams."""
 BETA = 1.2
 """Weight of recall in ROUGE-L by the COCO captions' definition."""
-PTB_DROPPED = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", "-lrb-", "-rrb-", "-lcb-", "-rcb-", ".", "?", "!", ",",
-                         ":", "-", "--", "...", ";", '"'])
+PTB_DROPPED = frozenset(
+    [
+        "''",
+        "'",
+        "``",
+        "`",
+        "-LRB-",
+        "-RRB-",
+        "-LCB-",
+        "-RCB-",
+        "-lrb-",
+        "-rrb-",
+        "-lcb-",
+        "-rcb-",
+        ".",
+        "?",
+        "!",
+        ",",
+        ":",
+        "-",
+        "--",
+        "...",
+        ";",
+        '"',
+    ]
+)
 
 
 def words(text: str) -> list[str]:
@@ -37,7 +61,7 @@ def ptb_like(text: str) -> list[str]:
 
 
 @lru_cache(1)
-def _treebank():  # noqa: ANN202
+def _treebank():
     from nltk.tokenize import NLTKWordTokenizer
 
     return NLTKWordTokenizer()
@@ -61,12 +85,14 @@ def ngrams(texts: Sequence[str], tokenizer: Tokenizer, order: int = ORDER) -> tu
             gram = gram[:-1] * max(len(vocabulary), 1) + first[n - 1 :]
         whole = text_of[: len(gram)] == text_of[n - 1 :] if n > 1 else slice(None)
         names, gram = np.unique(gram, return_inverse=True)  # ranks, so that the next length cannot overflow
-        counted = sparse.coo_matrix((np.ones(len(gram[whole])), (text_of[: len(gram)][whole], gram[whole])), (len(texts), max(len(names), 1)))
+        counted = sparse.coo_matrix(
+            (np.ones(len(gram[whole])), (text_of[: len(gram)][whole], gram[whole])), (len(texts), max(len(names), 1))
+        )
         counts.append(counted.tocsr())
     return lengths, counts
 
 
-def _together(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer, order: int = ORDER):  # noqa: ANN202
+def _together(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer, order: int = ORDER):
     """N-grams of predictions and references in one vocabulary, and (N, R) rows of the references, -1 where a sample has fewer."""
     flat = [*predictions, *(r for refs in references for r in refs)]
     rows = np.full((len(predictions), max(map(len, references), default=0)), -1)

@@ -11,25 +11,29 @@ import datasets
 import evaluate
 
 from eval.metrics.facts import FACT_METRICS
-from eval.metrics.metric import Metric, mean_score
 from eval.metrics.meteor import meteor
-from eval.metrics.ngram import bleu_13a
-from eval.metrics.ngram import bleu_13a_score
-from eval.metrics.ngram import bleu_coco
-from eval.metrics.ngram import bleu_coco_score
-from eval.metrics.ngram import chrf
-from eval.metrics.ngram import chrf_score
-from eval.metrics.ngram import cider
-from eval.metrics.ngram import ptb_like
-from eval.metrics.ngram import rouge_l
-from eval.metrics.ngram import rouge_l_coco
-from eval.metrics.ngram import rouge_n
+from eval.metrics.metric import Metric, mean_score
+from eval.metrics.ngram import (
+    bleu_13a,
+    bleu_13a_score,
+    bleu_coco,
+    bleu_coco_score,
+    chrf,
+    chrf_score,
+    cider,
+    ptb_like,
+    rouge_l,
+    rouge_l_coco,
+    rouge_n,
+)
 
 _PTB = "lower-case Treebank tokens without punctuation"
 _WORDS = "whitespace tokens, case and punctuation kept"
 NGRAM_METRICS: tuple[Metric, ...] = (
-    *(Metric(f"BLEU-{n} (13a)", f"sacrebleu, order {n}, 13a tokens, exponential smoothing", bleu_13a, bleu_13a_score(n), (0.0, 100.0))
-      for n in range(1, 5)),
+    *(
+        Metric(f"BLEU-{n} (13a)", f"sacrebleu, order {n}, 13a tokens, exponential smoothing", bleu_13a, bleu_13a_score(n), (0.0, 100.0))
+        for n in range(1, 5)
+    ),
     *(Metric(f"BLEU-{n} (COCO)", f"COCO captions, order {n}, {_WORDS}", bleu_coco, bleu_coco_score(n)) for n in range(1, 5)),
     Metric("BLEU-4 (COCO, PTB-like)", f"COCO captions, order 4, {_PTB}", partial(bleu_coco, tokenizer=ptb_like), bleu_coco_score(4)),
     Metric("ROUGE-1", "F1 of single words, rouge-score, no stemming", rouge_n(1), mean_score),
@@ -38,7 +42,9 @@ NGRAM_METRICS: tuple[Metric, ...] = (
     Metric("ROUGE-L (COCO)", f"COCO captions, beta 1.2, {_WORDS}", rouge_l_coco, mean_score),
     Metric("METEOR", "exact and Porter-stem matches, no synonyms, alpha 0.9, beta 3, gamma 0.5, lower case", meteor, mean_score),
     Metric("CIDEr", f"cosine of tf-idf n-grams, {_WORDS}, times 10", partial(cider, penalised=False), mean_score, (0.0, 10.0)),
-    Metric("CIDEr-D", f"as COCO captions (there called CIDEr), {_WORDS}, times 10", partial(cider, penalised=True), mean_score, (0.0, 10.0)),
+    Metric(
+        "CIDEr-D", f"as COCO captions (there called CIDEr), {_WORDS}, times 10", partial(cider, penalised=True), mean_score, (0.0, 10.0)
+    ),
     Metric("chrF", "sacrebleu, chrF2, characters to six", chrf, chrf_score, (0.0, 100.0)),
 )
 METRICS: dict[str, Metric] = {m.name: m for m in (*NGRAM_METRICS, *FACT_METRICS)}
