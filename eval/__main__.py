@@ -1,5 +1,5 @@
 """python -m eval COMMAND: generated reports (report, compare, perturb, facts), suites of cases (suite), and single studies of the
-project itself (reading, realism, picture). Everything runs offline.
+project itself (reading, speed, realism, picture). Everything runs offline.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--pooled", action="store_true", help="also Dice over the voxels of all cases together")
     real = command("realism", "simulated studies against real scans")
     command("reading", "seconds to read a scan beside other readers")
+    command("speed", "seconds of report metrics beside pycocoevalcap's")
     drawn = command("picture", "the picture in the README")
     for sub in (suite, real, drawn):
         sub.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
@@ -108,10 +109,13 @@ def run(args: argparse.Namespace) -> None:
         cases = cases_of(args.suite, scans=args.scans, maps=args.maps, count=args.count)
         run_suite(cases, out, checkpoint=args.checkpoint, score_only=args.score_only, controls=not args.no_controls, pooled=args.pooled)
         print((out / "results.md").read_text())
-    elif args.command == "reading":
-        from .reading import benchmark
+    elif args.command in ("reading", "speed"):
         from .reports import write_atomic
 
+        if args.command == "reading":
+            from .reading import benchmark
+        else:
+            from .speed import benchmark
         write_atomic(out / "results.json", json.dumps(benchmark(), indent=1))
         print((out / "results.json").read_text())
     else:

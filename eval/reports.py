@@ -137,7 +137,10 @@ def load_scorer(name: str) -> Metric:
         raise ValueError(f"expected --scorer module:function that can be imported, got {name!r}") from None
 
     def statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        values = np.asarray(score(list(predictions), [list(r) for r in references]), dtype=float)
+        try:
+            values = np.asarray(score(list(predictions), [list(r) for r in references]), dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected {len(predictions)} numbers from {name!r}, got {type(error).__name__}: {error}") from None
         if values.shape != (len(predictions),):
             raise ValueError(f"expected {len(predictions)} numbers from {name!r}, got an array of shape {values.shape}")
         return mean_of(values)
@@ -200,6 +203,11 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def row(*cells: Any) -> str:
+    """One line of a table in Markdown."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def _cell(x: float) -> str:
     return "-" if np.isnan(x) else f"{x:.4g}"
 
@@ -220,9 +228,8 @@ def report_markdown(results: dict[str, Any]) -> str:
     ]
     for name, m in results["metrics"].items():
         low, high = m["range"]
-        lines.append(
-            f"| {name} | {_cell(m['value'])} | {_cell(m['low'])} to {_cell(m['high'])} | {m['n']} | {m['direction']} | {low:g} to {high:g} | {m['definition']} |"
-        )
+        interval = f"{_cell(m['low'])} to {_cell(m['high'])}"
+        lines.append(row(name, _cell(m["value"]), interval, m["n"], m["direction"], f"{low:g} to {high:g}", m["definition"]))
     lines += [
         "",
         "## Facts by kind (against the first reference)",
@@ -290,8 +297,10 @@ def compare_markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Systems compared",
         "",
-        f"{NOTICE} Paired bootstrap ({results['draws']} draws) and approximate randomisation ({results['shuffles']} shuffles), two-sided, "
-        f"Holm's correction over {len(results['tests'])} tests, seed {results['seed']}.",
+        (
+            f"{NOTICE} Paired bootstrap ({results['draws']} draws) and approximate randomisation ({results['shuffles']} shuffles), "
+            f"two-sided, Holm's correction over {len(results['tests'])} tests, seed {results['seed']}."
+        ),
         "",
         *(f"- {k}: `{v}`" for k, v in results["signatures"].items()),
         "",
@@ -299,8 +308,8 @@ def compare_markdown(results: dict[str, Any]) -> str:
         "|" + "---|" * 11,
     ]
     for t in results["tests"]:
-        lines.append(
-            f"| {t['a']} | {t['b']} | {t['metric']} | {t['direction']} | {_cell(t['value_a'])} | {_cell(t['value_b'])} | {_cell(t['difference'])} | {_cell(t['low'])} to "
-            f"{_cell(t['high'])} | {t['n']} | {t['p_bootstrap']:.3g} ({t['p_bootstrap_holm']:.3g}) | {t['p_randomisation']:.3g} ({t['p_randomisation_holm']:.3g}) |"
-        )
+        p_values = [f"{t[f'p_{kind}']:.3g} ({t[f'p_{kind}_holm']:.3g})" for kind in ("bootstrap", "randomisation")]
+        figures = [_cell(t[k]) for k in ("value_a", "value_b", "difference")]
+        interval = f"{_cell(t['low'])} to {_cell(t['high'])}"
+        lines.append(row(t["a"], t["b"], t["metric"], t["direction"], *figures, interval, t["n"], *p_values))
     return "\n".join(lines) + "\n"

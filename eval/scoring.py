@@ -40,7 +40,10 @@ MIXTURE, BRIGHT, ALL, CONSTANT, ZERO_FILLED, DEEPBET, WAVELET = (
     "deepbet",
     "sigpy L1-wavelet",
 )
-CONSTANT_REPORT = "Axial T1-weighted MRI of the brain. The slices show the cerebral hemispheres and lateral ventricles. No focal lesion is seen. Impression: no focal lesion."
+CONSTANT_REPORT = (
+    "Axial T1-weighted MRI of the brain. The slices show the cerebral hemispheres and lateral ventricles. No focal lesion is seen. "
+    "Impression: no focal lesion."
+)
 IOUS = (0.1, 0.3, 0.5)
 LEAST_ML = 0.1
 """Smaller components of a baseline are no findings."""
@@ -337,9 +340,9 @@ class Lesions:
 
 
 def numbers_agree(told: dict[str, Any], labels: np.ndarray, s: Scored) -> tuple[int, int]:
-    """(agree, all): numbers with a unit in a report that are a measure of one of its findings, and findings whose volume is their mask's."""
+    """(agree, all): numbers with a unit in a report that are a measure of its findings, and findings whose volume is their mask's."""
     volume = s.study.primary
-    ranks, sizes = rank_components(torch.from_numpy(np.isin(labels, (25, 57))))
+    _, sizes = rank_components(torch.from_numpy(np.isin(labels, (25, 57))))
     volumes = [round(n * volume.voxel_ml, 3) for n in sizes]
     right = total = 0
     known = set()

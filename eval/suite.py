@@ -235,9 +235,11 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Figures of the suites",
         "",
-        f"{NOTICE} Checkpoint {results['checkpoint']} (`{results['checkpoint_sha256'][:16]}`), suites version {results['suite_version']}, "
-        f"commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws); one case has none. "
-        "Undefined figures are left out of means and of n.",
+        (
+            f"{NOTICE} Checkpoint {results['checkpoint']} (`{results['checkpoint_sha256'][:16]}`), suites version "
+            f"{results['suite_version']}, commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws); one case has none. "
+            "Undefined figures are left out of means and of n."
+        ),
         "",
         f"{results['cases']} cases; median seconds {results['seconds']}; peak memory {results['peak_memory_gib']} GiB; "
         + ", ".join(f"{k} {v}" for k, v in results["libraries"].items())

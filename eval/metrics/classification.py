@@ -14,7 +14,7 @@ BINS = 10
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float, float]:
-    """Area under the ROC curve with the 95 % interval of DeLong (1988), from midranks (Sun and Xu, 2014), clipped to [0, 1]; nan with one class."""
+    """Area under the ROC curve with the 95 % interval of DeLong (1988) from midranks (Sun and Xu, 2014), in [0, 1]; nan with one class."""
     positive, negative = scores[labels], scores[~labels]
     m, n = len(positive), len(negative)
     if not m or not n:

@@ -252,7 +252,10 @@ def _same_type(a: Finding, b: Finding) -> float:
 
 
 def score_gold(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The extractor against annotated sentences, by kind; what the annotation does not hold (severity, worse side, sequences of a finding) is left out."""
+    """The extractor against annotated sentences, by kind.
+
+    What the annotation does not hold (severity, the worse side, sequences of a finding) is left out.
+    """
     counts = []
     for row in rows:
         said = extract(row["text"])

@@ -1,4 +1,7 @@
-"""Segmentation metrics as one `evaluate.Metric`: `evaluate.load("eval/metrics/image.py", "hausdorff95_mm")` in a checkout, without the hub."""
+"""Segmentation metrics as one `evaluate.Metric`.
+
+`evaluate.load("eval/metrics/image.py", "hausdorff95_mm")` works in a checkout, without the hub.
+"""
 
 from __future__ import annotations
 
