@@ -91,14 +91,17 @@ def load(case: Case, out: Path, systems: Sequence[str]) -> Scored:
     """Read a case and its predictions.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: one is not there, or it failed.
     """
-    study, truth = open_case(case)
     told, labels = {}, {}
     for system in systems:
         told[system], found = predict.read(out, system, case)
         if found is not None:
             labels[system] = found
+    wrong = told[predict.MODEL].get("failed") or told[predict.MODEL].get("refused")
+    if wrong:
+        raise ValueError(wrong)
+    study, truth = open_case(case)
     return Scored(case, study, truth, told, labels)
 
 

