@@ -191,8 +191,8 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
     return Study(volumes=(volume,), kspace=kspace), truth
 
 
-def _refused() -> list[Case]:
-    """Images that are no brain MRI: noise, photographs, and what pydicom carries of bodies and of CT."""
+def _refused(folders: Sequence[Path]) -> list[Case]:
+    """Images that are no brain MRI: noise, photographs, what pydicom carries of a vessel and of CT, and what lies in folders `refused`."""
     import pydicom
 
     files = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -209,12 +209,10 @@ def _refused() -> list[Case]:
         grey = load_sample_image(name).astype(np.float32).mean(-1).T[:, ::-1]
         return study_of(np.ascontiguousarray(grey)[..., None], np.diag([1.0, 1.0, 5.0, 1.0]), oriented=False), Truth()
 
-    def scan(name: str) -> tuple[Study, Truth]:
-        return open_study(files / name), Truth()
-
     cases = [Case(f"noise {k}", "refused", f"noise {k}", lambda k=k: noise(k)) for k in range(4)]
     cases += [Case(f"photograph {n.split('.')[0]}", "refused", n, lambda n=n: photograph(n)) for n in ("china.jpg", "flower.jpg")]
-    return cases + [Case(n.split(".")[0], "refused", n, lambda n=n: scan(n)) for n in ("MR_small.dcm", "CT_small.dcm", "emri_small.dcm")]
+    paths = [files / "MR_small.dcm", files / "CT_small.dcm", *(p for f in folders for p in sorted((f / "refused").glob("*")))]
+    return cases + [Case(p.name.split(".")[0], "refused", p.name, lambda p=p: (open_study(p), Truth())) for p in paths]
 
 
 def cases_of(suite: str, *, scans: Sequence[Path] = (), maps: Path | None = None, count: int = 24) -> list[Case]:
@@ -236,4 +234,4 @@ def cases_of(suite: str, *, scans: Sequence[Path] = (), maps: Path | None = None
         for row in csv.DictReader(f, delimiter="\t"):
             if row["suite"] in wanted:
                 out.append(Case(row["name"], row["suite"], row["name"].split("_")[0], lambda row=row: _scan(row, scans)))
-    return out + (_refused() if "refused" in wanted else [])
+    return out + (_refused(scans) if "refused" in wanted else [])

@@ -5,7 +5,7 @@ Shapes: N samples, G groups (patients), K statistics, R draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,16 @@ def mean_estimate(values: Sequence[float], patients: Sequence[str] | None = None
     return estimate(
         metric, mean_of(np.array([values[k] for k in kept])), [patients[k] for k in kept] if patients else None, draws=draws, seed=seed
     )
+
+
+def figure_estimate(figure: Callable[[np.ndarray], float], patients: Sequence[str], *, draws: int = 200, seed: int = 0) -> Estimate:
+    """Any figure of a set of samples, given as their indices, with a bootstrap over patients; for what does not add up over samples."""
+    names, index = np.unique(np.asarray(patients), return_inverse=True)
+    groups = [np.flatnonzero(index == k) for k in range(len(names))]
+    rng = np.random.default_rng(seed)
+    drawn = [figure(np.concatenate([groups[k] for k in rng.integers(0, len(groups), len(groups))])) for _ in range(draws)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (float("nan"), float("nan"))
+    return Estimate(figure(np.arange(len(patients))), float(low), float(high), len(patients))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from omnimri.volume import Volume
 
 from . import predict
 from .cases import Case
+from .findings import Honesty, Lesions
 from .metrics.segmentation import dice
 from .reports import NOTICE, write_atomic
-from .scoring import Honesty, Lesions, Reconstructions, Scored, Structures, Table, Tissue, load, reports_table
+from .scoring import Reconstructions, Scored, Structures, Table, Tissue, load, reports_table
 
 VERSION = 1
 """Of the suites: figures of different versions are not compared."""

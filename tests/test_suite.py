@@ -12,7 +12,7 @@ import torch
 from data_recipes import Phantom
 from data_recipes.phantom import record_volume
 from eval import cases as case_list
-from eval import predict, scoring, suite
+from eval import findings, predict, scoring, suite
 from eval.__main__ import main
 from eval.cases import Case, Truth
 from omnimri.anatomy import STRUCTURES
@@ -141,16 +141,16 @@ def test_honesty_counts_what_is_denied_and_numbers_that_are_no_masks():
     lesions[5:10, 5:10, 4:6] = True
     said = np.where(lesions, 25, 0)
     s = seen_as(np.zeros(lesions.shape, np.int32), said, lesions=lesions, lesion=True, plane="axial", sequence="T1w")
-    honesty = scoring.Honesty()
+    honesty = findings.Honesty()
     honesty.see(s)
     assert honesty.denied == [1, 1]
     assert honesty.facts["plane"] == [1, 1]
     assert honesty.facts["sequence, where one is named"] == [0, 0]
     finding = {"volume_ml": 0.1, "diameter_mm": 7.07, "confidence": 0.9, "box_mm": [[4.5, 4.5, 7.0], [9.5, 9.5, 11.0]], "side": "left"}
     told = {"text": "There is a lesion of 7 mm and 0.1 ml.", "findings": [finding]}
-    assert scoring.numbers_agree(told, said, s) == (3, 3)
-    assert scoring.numbers_agree({**told, "text": "A lesion of 9 mm."}, said, s) == (1, 2)
-    assert scoring.numbers_agree({**told, "findings": [{**finding, "volume_ml": 5.0}]}, said, s)[0] < 3
+    assert findings.numbers_agree(told, said, s) == (3, 3)
+    assert findings.numbers_agree({**told, "text": "A lesion of 9 mm."}, said, s) == (1, 2)
+    assert findings.numbers_agree({**told, "findings": [{**finding, "volume_ml": 5.0}]}, said, s)[0] < 3
 
 
 def test_boxes_are_in_millimetres_at_voxel_edges():
@@ -158,7 +158,7 @@ def test_boxes_are_in_millimetres_at_voxel_edges():
     mask[2:6, 3:9, 1:4] = True
     mask[15, 15, 8] = True  # 0.002 ml: too small
     s = seen_as(mask.astype(np.int32), mask.astype(np.int32))
-    boxes, volumes = scoring.boxes_of(mask, s)
+    boxes, volumes = findings.boxes_of(mask, s)
     assert boxes == (((1.5, 2.5, 1.0), (5.5, 8.5, 7.0)),)
     assert volumes == pytest.approx((4 * 6 * 3 * 2 / 1000,))
 

@@ -183,6 +183,16 @@ def test_a_record_is_pure_and_its_masks_fit(recipe, maps):
     assert [float(v) for v in out[1:]] == pytest.approx(first.images.double().mean((0, 2, 3)).tolist(), rel=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_makes_the_same_studies(recipe, maps):
+    """Draws are made on the CPU: labels agree but for pixels on a border, intensities within 1e-3 of the brightest."""
+    other = Synthetic(maps, numbers=(1,), image_size=96, num_slices=4, device="cuda")
+    for k in range(3):
+        here, there = recipe.record(3, k), other.record(3, k)
+        assert float((here.labels != there.labels.cpu()).float().mean()) < 1e-3
+        assert float((here.images - there.images.cpu()).abs().median()) < 1e-3 * float(here.images.max())
+
+
 def test_studies_hold_together(recipe):
     """Lesions are ranked and described, sides are right, a third is normal, every plane and sequence comes."""
     normal, planes, sequences = 0, set(), set()

@@ -1,0 +1,288 @@
+"""Lesions and honesty: what is found, how sure it is, and what is said against what is there. No model is needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from omnimri.measure import rank_components
+
+from . import predict
+from .metrics.classification import at_threshold, auprc, auroc, best_threshold, draw_reliability, expected_calibration_error
+from .metrics.detection import Detected, average_precision, froc
+from .metrics.segmentation import dice
+from .resampling import Estimate, figure_estimate, mean_estimate
+from .scoring import Scored, Table, image_of, means
+
+BRIGHT, ALL = "bright voxels", "all positive"
+IOUS = (0.1, 0.3, 0.5)
+LEAST_ML = 0.1
+"""Smaller components of a baseline are no findings."""
+NO_LESION = re.compile(r"\bno (?:focal )?lesions?\b", re.IGNORECASE)
+
+
+def boxes_of(mask: np.ndarray, s: Scored) -> tuple[tuple, tuple[float, ...]]:
+    """Boxes in mm (voxel edges) of the components of a mask from `LEAST_ML` on, and their volumes in ml."""
+    volume = s.study.primary
+    ranks, sizes = rank_components(torch.from_numpy(np.ascontiguousarray(mask)), least=max(1, round(LEAST_ML / volume.voxel_ml)))
+    affine, found = volume.affine.numpy(), []
+    for r, where in enumerate(ndimage.find_objects(ranks.numpy(), max_label=len(sizes)), 1):
+        if where is None or r > len(sizes):
+            continue
+        corners = np.array(np.meshgrid(*[(p.start - 0.5, p.stop - 0.5) for p in where])).reshape(3, -1).T @ affine[:3, :3].T + affine[:3, 3]
+        found.append((tuple(corners.min(0)), tuple(corners.max(0))))
+    return tuple(found), tuple(n * volume.voxel_ml for n in sizes[: len(found)])
+
+
+class Lesions:
+    """Lesion masks, findings, and what is said of them."""
+
+    def __init__(self, suite: str) -> None:
+        self.suite = suite
+        self.overlap: dict[str, list[float]] = {}
+        self.patients: list[str] = []
+        self.detected: dict[str, list[Detected]] = {}
+        self.present: list[tuple[bool, float, float]] = []
+        self.present_patients: list[str] = []
+        self.confidence: list[tuple[bool, float]] = []
+        self.sides: list[bool] = []
+
+    def see(self, s: Scored) -> None:
+        """Measure one case."""
+        if predict.MODEL not in s.labels:
+            return
+        findings = s.told[predict.MODEL]["detect"]["findings"]
+        if s.truth.lesion is not None:
+            controls = s.told.get(predict.RANDOM, {}).get("detect", {}).get("findings", [])
+            self.present_patients.append(s.case.patient)
+            self.present.append((s.truth.lesion, *(max((f["confidence"] for f in found), default=0.0) for found in (findings, controls))))
+        if s.truth.side in ("left", "right") and findings:
+            self.sides.append(findings[0]["side"] == s.truth.side)
+        truth = s.truth.lesions
+        if truth is None:
+            return
+        masks = {k: np.isin(v, (25, 57)) for k, v in s.labels.items()}
+        image = image_of(s)
+        masks |= {BRIGHT: predict.bright_lesions(image), ALL: image > image.min()}
+        true_boxes, _ = boxes_of(truth, s)
+        self.patients.append(s.case.patient)
+        for system, mask in masks.items():
+            self.overlap.setdefault(system, []).append(dice(mask, truth))
+            if system in s.told:
+                told = s.told[system]["detect"]["findings"]
+                boxes, scores = tuple(tuple(map(tuple, f["box_mm"])) for f in told), tuple(f["confidence"] for f in told)
+            else:
+                boxes, scores = boxes_of(mask, s)
+            self.detected.setdefault(system, []).append(Detected(boxes, scores, true_boxes))
+        true = truth.astype(bool)
+        ranks, sizes = rank_components(torch.from_numpy(np.ascontiguousarray(masks[predict.MODEL])))
+        for rank, f in zip(range(1, len(sizes) + 1), findings, strict=False):
+            self.confidence.append((bool(true[(ranks == rank).numpy()].any()), f["confidence"]))
+
+    def table(self, figures: Path) -> Table:
+        """Overlap, detection, presence, calibration."""
+        t = Table(self.suite, "Lesions")
+        if self.overlap:
+            t.add("lesion of a case", "dice", "higher", means(self.overlap, self.patients))
+            for least in IOUS:
+                t.add(
+                    f"findings at 3-D IoU {least}",
+                    "average precision",
+                    "higher",
+                    {
+                        k: figure_estimate(lambda i, v=v, least=least: average_precision([v[j] for j in i], least), self.patients)
+                        for k, v in self.detected.items()
+                    },
+                )
+            for most in (1.0, 4.0):
+                t.add(
+                    f"sensitivity at {most:g} false positives a scan (IoU 0.1)",
+                    "FROC",
+                    "higher",
+                    {
+                        k: figure_estimate(lambda i, v=v, most=most: froc([v[j] for j in i], 0.1)[most], self.patients)
+                        for k, v in self.detected.items()
+                    },
+                )
+        if self.present:
+            labels = np.array([p for p, _, _ in self.present])
+            values: dict[str, Estimate | str] = {}
+            for k, system in enumerate((predict.MODEL, predict.RANDOM), 1):
+                values[system] = Estimate(*auroc(labels, np.array([p[k] for p in self.present])), len(labels))
+            what = "lesion present in a study, by the surest finding"
+            t.add(what, "AUROC (DeLong)", "higher", values)
+            if labels.any():
+                columns = {s: np.array([p[k] for p in self.present]) for k, s in enumerate((predict.MODEL, predict.RANDOM), 1)}
+                t.add(
+                    what,
+                    "AUPRC",
+                    "higher",
+                    {k: figure_estimate(lambda i, v=v: auprc(labels[i], v[i]), self.present_patients) for k, v in columns.items()}
+                    | {ALL: figure_estimate(lambda i: float(labels[i].mean()), self.present_patients)},
+                )
+            half = len(labels) // 2
+            if labels[:half].any() and labels[half:].any() and not labels[half:].all():
+                for measure in ("f1", "balanced_accuracy"):
+                    row = {}
+                    for k, v in columns.items():
+                        threshold = best_threshold(labels[:half], v[:half])
+                        row[k] = figure_estimate(
+                            lambda i, v=v, threshold=threshold, measure=measure: at_threshold(labels[half:][i], v[half:][i], threshold)[
+                                measure
+                            ],
+                            self.present_patients[half:],
+                        )
+                    t.add(f"{what}, threshold from the first half of the cases", measure, "higher", row)
+            said = np.array([p[1] > 0 for p in self.present])
+            t.add(
+                "studies with a lesion that get a finding",
+                "k of n",
+                "higher",
+                {predict.MODEL: f"{int((said & labels).sum())} of {int(labels.sum())}"},
+            )
+            t.add(
+                "normal studies with a false finding",
+                "k of n",
+                "lower",
+                {predict.MODEL: f"{int((said & ~labels).sum())} of {int((~labels).sum())}"},
+            )
+        if self.sides:
+            t.add("side of the largest finding", "k of n right", "higher", {predict.MODEL: f"{sum(self.sides)} of {len(self.sides)}"})
+        if self.confidence:
+            right, sure = (np.array(x) for x in zip(*self.confidence, strict=True))
+            t.add(
+                "confidence of findings",
+                "expected calibration error",
+                "lower",
+                {predict.MODEL: Estimate(expected_calibration_error(right, sure), float("nan"), float("nan"), len(right))},
+            )
+            figures.mkdir(parents=True, exist_ok=True)
+            draw_reliability(right, sure, figures / f"{self.suite}-reliability.png", f"{self.suite}: findings")
+        return t
+
+
+def numbers_agree(told: dict[str, Any], labels: np.ndarray, s: Scored) -> tuple[int, int]:
+    """(agree, all): numbers with a unit in a report that are a measure of its findings, and findings whose volume is their mask's."""
+    volume = s.study.primary
+    _, sizes = rank_components(torch.from_numpy(np.isin(labels, (25, 57))))
+    volumes = [round(n * volume.voxel_ml, 3) for n in sizes]
+    right = total = 0
+    known = set()
+    for f in told["findings"]:
+        total += 1
+        right += any(abs(f["volume_ml"] - v) <= 0.002 for v in volumes)
+        known |= {f"{f['volume_ml']:.1f} ml", f"{f['volume_ml']:.2f} ml", f"{f['diameter_mm']:.0f} mm"}
+        known.add(f"{int(f['diameter_mm'] + 0.5)} mm")
+    for value in re.findall(r"\d+(?:\.\d+)? (?:ml|mm)\b", told["text"]):
+        total += 1
+        right += value in known
+    return right, total
+
+
+class Honesty:
+    """What is said against what is there, in every case of every suite."""
+
+    def __init__(self) -> None:
+        self.grounded: list[float] = []
+        self.grounded_patients: list[str] = []
+        self.numbers = [0, 0]
+        self.false_findings: list[float] = []
+        self.normal_patients: list[str] = []
+        self.denied = [0, 0]
+        self.refused: list[tuple[str, str]] = []
+        self.scope: list[tuple[bool, float]] = []
+        self.facts: dict[str, list[int]] = {"plane": [0, 0], "sequence, where one is named": [0, 0], "sequence, of all": [0, 0]}
+        self.sequences: list[str] = []
+
+    def see(self, s: Scored) -> None:
+        """Look at one case."""
+        told = s.told[predict.MODEL]
+        if s.case.suite == "refused":
+            if "refused" in told:
+                self.refused.append((s.case.name, f"refused when read: {told['refused'][:120]}"))
+            else:
+                self.scope.append((True, told["report"]["scope"]["score"]))
+                inside = told["report"]["scope"]["in_scope"]
+                self.refused.append((s.case.name, "ANSWERED" if inside else "abstained"))
+            return
+        if predict.MODEL not in s.labels:
+            return
+        report, labels = told["report"], s.labels[predict.MODEL]
+        self.scope.append((False, report["scope"]["score"]))
+        right, total = numbers_agree(report, labels, s)
+        self.numbers[0] += right
+        self.numbers[1] += total
+        if s.truth.plane:
+            self._fact("plane", told["what"]["study"]["plane"] == s.truth.plane)
+        if s.truth.sequence:
+            said = told["what"]["study"]["sequence"]
+            same = said == s.truth.sequence or (said, s.truth.sequence) == ("T1w", "T1w-Gd")
+            self._fact("sequence, of all", same)
+            if said not in ("other", "unknown"):
+                self._fact("sequence, where one is named", same)
+            if s.case.suite != "synthetic":
+                self.sequences.append(f"{s.case.name}: {said} ({s.truth.sequence})")
+        if s.truth.lesion:
+            self.denied[1] += 1
+            self.denied[0] += bool(NO_LESION.search(report["text"]))
+        if s.truth.lesion is False:
+            self.false_findings.append(float(len(report["findings"])))
+            self.normal_patients.append(s.case.patient)
+        if s.truth.lesions is not None and report["findings"]:
+            ranks, sizes = rank_components(torch.from_numpy(np.isin(labels, (25, 57))))
+            for rank in range(1, min(len(sizes), len(report["findings"])) + 1):
+                self.grounded.append(float(s.truth.lesions[(ranks == rank).numpy()].any()))
+                self.grounded_patients.append(s.case.patient)
+
+    def _fact(self, name: str, right: bool) -> None:
+        self.facts[name][0] += right
+        self.facts[name][1] += 1
+
+    def table(self) -> Table:
+        """All of it."""
+        t = Table("all cases", "Grounding and honesty")
+        if self.grounded:
+            t.add(
+                "findings whose mask touches a true lesion",
+                "share",
+                "higher",
+                {predict.MODEL: mean_estimate(self.grounded, self.grounded_patients)},
+            )
+        t.add(
+            "measured numbers in reports that are their masks'",
+            "k of n",
+            "higher",
+            {predict.MODEL: f"{self.numbers[0]} of {self.numbers[1]}"},
+        )
+        if self.false_findings:
+            t.add(
+                "false findings a normal scan",
+                "mean",
+                "lower",
+                {predict.MODEL: mean_estimate(self.false_findings, self.normal_patients)},
+                (0.0, float("inf")),
+            )
+        t.add('"no lesion" said of a study with one', "k of n", "lower", {predict.MODEL: f"{self.denied[0]} of {self.denied[1]}"})
+        for name, (right, total) in self.facts.items():
+            if total:
+                t.add(name, "k of n right", "higher", {predict.MODEL: f"{right} of {total}"})
+        if self.refused:
+            kept = sum("ANSWERED" not in what for _, what in self.refused)
+            t.add(
+                "images that are no brain MRI: refused or abstained", "k of n", "higher", {predict.MODEL: f"{kept} of {len(self.refused)}"}
+            )
+            labels, scores = (np.array(x) for x in zip(*self.scope, strict=True))
+            t.add(
+                "scope score, no brain MRI against brain",
+                "AUROC (DeLong)",
+                "higher",
+                {predict.MODEL: Estimate(*auroc(labels, scores), len(labels))},
+            )
+            t.notes += [f"{name}: {what}" for name, what in self.refused]
+        t.notes += self.sequences
+        return t
