@@ -5,7 +5,6 @@ project itself (reading, speed, realism, picture). Everything runs offline.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     """Run one command."""
     out: Path = args.out
     if args.command in ("report", "compare"):
-        from .reports import chosen_metrics, compare_markdown, compare_systems, read_texts, report_markdown, score, write_atomic
+        from .reports import chosen_metrics, compare_markdown, compare_systems, read_texts, report_markdown, score, to_json, write_atomic
 
         metrics, left_out = chosen_metrics(args.encoder, args.scorer)
         if args.command == "report":
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
                 raise ValueError("expected two or more files with different names, got fewer")
             results = compare_systems({p.stem: read_texts(p, args.references) for p in args.systems}, metrics, seed=args.seed)
             text = compare_markdown(results)
-        write_atomic(out / "results.json", json.dumps(results, indent=1))
+        write_atomic(out / "results.json", to_json(results))
         write_atomic(out / "results.md", text)
         print(text)
     elif args.command == "perturb":
@@ -92,10 +91,10 @@ def run(args: argparse.Namespace) -> None:
         print((out / "results.md").read_text())
     elif args.command == "facts":
         from .metrics.facts import score_gold
-        from .reports import read_rows, write_atomic
+        from .reports import read_rows, to_json, write_atomic
 
         results = score_gold([row for _, row in read_rows(args.gold)])
-        write_atomic(out / "results.json", json.dumps(results, indent=1))
+        write_atomic(out / "results.json", to_json(results))
         print(
             "\n".join(
                 f"{k:12s} precision {v['precision']:.3f} recall {v['recall']:.3f} F1 {v['f1']:.3f} ({v['said']} said, {v['true']} true)"
@@ -110,13 +109,13 @@ def run(args: argparse.Namespace) -> None:
         run_suite(cases, out, checkpoint=args.checkpoint, score_only=args.score_only, controls=not args.no_controls, pooled=args.pooled)
         print((out / "results.md").read_text())
     elif args.command in ("reading", "speed"):
-        from .reports import write_atomic
+        from .reports import to_json, write_atomic
 
         if args.command == "reading":
             from .reading import benchmark
         else:
             from .speed import benchmark
-        write_atomic(out / "results.json", json.dumps(benchmark(), indent=1))
+        write_atomic(out / "results.json", to_json(benchmark()))
         print((out / "results.json").read_text())
     else:
         from omnimri.assistant import Assistant
@@ -128,12 +127,12 @@ def run(args: argparse.Namespace) -> None:
             print(picture(assistant, out)["text"])
             return
         from .realism import markdown, measure_realism
-        from .reports import write_atomic
+        from .reports import to_json, write_atomic
 
         if not args.maps or not args.scans:
             raise ValueError("expected --maps and --scans")
         results = {"checkpoint_sha256": assistant.digest, **measure_realism(assistant, args.maps, args.scans)}
-        write_atomic(out / "results.json", json.dumps(results, indent=1))
+        write_atomic(out / "results.json", to_json(results))
         write_atomic(out / "results.md", markdown(results))
         print(markdown(results))
 
@@ -144,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(key, value)
     args = parser().parse_args(argv)
     try:
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"expected --out DIR, got the file {args.out.name!r}")
         run(args)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -6,6 +6,7 @@ Real scans are listed in `scans.tsv`, whose truth was written from looking at th
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,8 @@ class Truth:
     white: np.ndarray | None = None
     brain: np.ndarray | None = None
     lesions: np.ndarray | None = None
+    ignored: np.ndarray | None = None
+    """Where nobody can say whether a lesion is."""
     report: str | None = None
     image: np.ndarray | None = None
     """(S, H, W) magnitude that k-space was made of."""
@@ -185,6 +188,7 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
         (lobe.split()[1],) if lobe else (),
         labels=labels.numpy(),
         lesions=((lesions > 0) & (lesions < 255)).numpy(),
+        ignored=(lesions == 255).numpy(),
         report=report,
         image=image,
     )
@@ -211,8 +215,8 @@ def _refused(folders: Sequence[Path]) -> list[Case]:
 
     cases = [Case(f"noise {k}", "refused", f"noise {k}", lambda k=k: noise(k)) for k in range(4)]
     cases += [Case(f"photograph {n.split('.')[0]}", "refused", n, lambda n=n: photograph(n)) for n in ("china.jpg", "flower.jpg")]
-    paths = [files / "MR_small.dcm", files / "CT_small.dcm", *(p for f in folders for p in sorted((f / "refused").glob("*")))]
-    return cases + [Case(p.name.split(".")[0], "refused", p.name, lambda p=p: (open_study(p), Truth())) for p in paths]
+    paths = [files / "MR_small.dcm", files / "CT_small.dcm", *(p for f in folders for p in sorted((f / "refused").glob("[!.]*")))]
+    return cases + [Case(p.name, "refused", p.name, lambda p=p: (open_study(p), Truth())) for p in paths]
 
 
 def cases_of(suite: str, *, scans: Sequence[Path] = (), maps: Path | None = None, count: int = 24) -> list[Case]:
@@ -228,10 +232,18 @@ def cases_of(suite: str, *, scans: Sequence[Path] = (), maps: Path | None = None
     if "synthetic" in wanted:
         if maps is None:
             raise ValueError("expected --maps FOLDER with label maps for the synthetic suite, got none")
-        recipe = Synthetic(maps, numbers=CHOOSING_MAPS, num_slices=24)
-        out += [Case(f"synthetic {i:03d}", "synthetic", f"synthetic {i:03d}", lambda i=i: _synthetic(recipe, i)) for i in range(count)]
+        recipes = [Synthetic(maps, numbers=(n,), num_slices=24) for n in CHOOSING_MAPS]
+        for i in range(count):
+            k = i % len(recipes)
+            out.append(Case(f"synthetic {i:03d}", "synthetic", f"map {CHOOSING_MAPS[k]}", lambda r=recipes[k], i=i: _synthetic(r, i)))
     with SCANS.open(encoding="utf-8") as f:
         for row in csv.DictReader(f, delimiter="\t"):
             if row["suite"] in wanted:
                 out.append(Case(row["name"], row["suite"], row["name"].split("_")[0], lambda row=row: _scan(row, scans)))
-    return out + (_refused(scans) if "refused" in wanted else [])
+    out += _refused(scans) if "refused" in wanted else []
+    names = [c.name for c in out]
+    if len(set(names)) < len(names) or not all(re.fullmatch(r"\w[\w. -]*", n) for n in names):
+        raise ValueError(
+            "expected cases with different names of letters, digits and dots, got others; rename the files in the folder 'refused'"
+        )
+    return out

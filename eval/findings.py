@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,22 @@ from omnimri.measure import rank_components
 from . import predict
 from .metrics.classification import at_threshold, auprc, auroc, best_threshold, draw_reliability, expected_calibration_error
 from .metrics.detection import Detected, average_precision, froc
+from .metrics.extraction import extract
 from .metrics.segmentation import dice
-from .resampling import Estimate, figure_estimate, mean_estimate
+from .resampling import Estimate, figure_estimate, mean_estimate, of
 from .scoring import Scored, Table, image_of, means
 
 BRIGHT, ALL = "bright voxels", "all positive"
 IOUS = (0.1, 0.3, 0.5)
 LEAST_ML = 0.1
 """Smaller components of a baseline are no findings."""
-NO_LESION = re.compile(r"\bno (?:focal )?lesions?\b", re.IGNORECASE)
+DENIED = ("lesion", "mass")
 
 
-def boxes_of(mask: np.ndarray, s: Scored) -> tuple[tuple, tuple[float, ...]]:
-    """Boxes in mm (voxel edges) of the components of a mask from `LEAST_ML` on, and their volumes in ml."""
+def boxes_of(mask: np.ndarray, s: Scored, *, least_ml: float = LEAST_ML) -> tuple[tuple, tuple[float, ...]]:
+    """Boxes in mm (voxel edges) of the components of a mask from `least_ml` on, and their volumes in ml."""
     volume = s.study.primary
-    ranks, sizes = rank_components(torch.from_numpy(np.ascontiguousarray(mask)), least=max(1, round(LEAST_ML / volume.voxel_ml)))
+    ranks, sizes = rank_components(torch.from_numpy(np.ascontiguousarray(mask)), least=max(1, round(least_ml / volume.voxel_ml)))
     affine, found = volume.affine.numpy(), []
     for r, where in enumerate(ndimage.find_objects(ranks.numpy(), max_label=len(sizes)), 1):
         if where is None or r > len(sizes):
@@ -47,7 +49,7 @@ class Lesions:
         self.overlap: dict[str, list[float]] = {}
         self.patients: list[str] = []
         self.detected: dict[str, list[Detected]] = {}
-        self.present: list[tuple[bool, float, float]] = []
+        self.present: list[tuple[bool, dict[str, float]]] = []
         self.present_patients: list[str] = []
         self.confidence: list[tuple[bool, float]] = []
         self.sides: list[bool] = []
@@ -58,21 +60,21 @@ class Lesions:
             return
         findings = s.told[predict.MODEL]["detect"]["findings"]
         if s.truth.lesion is not None:
-            controls = s.told.get(predict.RANDOM, {}).get("detect", {}).get("findings", [])
             self.present_patients.append(s.case.patient)
-            self.present.append((s.truth.lesion, *(max((f["confidence"] for f in found), default=0.0) for found in (findings, controls))))
+            sure = {k: max((f["confidence"] for f in told["detect"]["findings"]), default=0.0) for k, told in s.told.items()}
+            self.present.append((s.truth.lesion, sure))
         if s.truth.side in ("left", "right") and findings:
             self.sides.append(findings[0]["side"] == s.truth.side)
         truth = s.truth.lesions
         if truth is None:
             return
-        masks = {k: np.isin(v, (25, 57)) for k, v in s.labels.items()}
         image = image_of(s)
-        masks |= {BRIGHT: predict.bright_lesions(image), ALL: image > image.min()}
-        true_boxes, _ = boxes_of(truth, s)
+        masks = {k: np.isin(v, (25, 57)) for k, v in s.labels.items()} | {BRIGHT: predict.bright_lesions(image), ALL: image > image.min()}
+        known = np.ones(truth.shape, bool) if s.truth.ignored is None else ~s.truth.ignored
+        true_boxes, _ = boxes_of(truth, s, least_ml=0.0)
         self.patients.append(s.case.patient)
         for system, mask in masks.items():
-            self.overlap.setdefault(system, []).append(dice(mask, truth))
+            self.overlap.setdefault(system, []).append(dice(mask & known, truth) if truth.any() else float("nan"))
             if system in s.told:
                 told = s.told[system]["detect"]["findings"]
                 boxes, scores = tuple(tuple(map(tuple, f["box_mm"])) for f in told), tuple(f["confidence"] for f in told)
@@ -88,7 +90,7 @@ class Lesions:
         """Overlap, detection, presence, calibration."""
         t = Table(self.suite, "Lesions")
         if self.overlap:
-            t.add("lesion of a case", "dice", "higher", means(self.overlap, self.patients))
+            t.add("lesion of a case that has one", "dice", "higher", means(self.overlap, self.patients))
             for least in IOUS:
                 t.add(
                     f"findings at 3-D IoU {least}",
@@ -110,49 +112,9 @@ class Lesions:
                     },
                 )
         if self.present:
-            labels = np.array([p for p, _, _ in self.present])
-            values: dict[str, Estimate | str] = {}
-            for k, system in enumerate((predict.MODEL, predict.RANDOM), 1):
-                values[system] = Estimate(*auroc(labels, np.array([p[k] for p in self.present])), len(labels))
-            what = "lesion present in a study, by the surest finding"
-            t.add(what, "AUROC (DeLong)", "higher", values)
-            if labels.any():
-                columns = {s: np.array([p[k] for p in self.present]) for k, s in enumerate((predict.MODEL, predict.RANDOM), 1)}
-                t.add(
-                    what,
-                    "AUPRC",
-                    "higher",
-                    {k: figure_estimate(lambda i, v=v: auprc(labels[i], v[i]), self.present_patients) for k, v in columns.items()}
-                    | {ALL: figure_estimate(lambda i: float(labels[i].mean()), self.present_patients)},
-                )
-            half = len(labels) // 2
-            if labels[:half].any() and labels[half:].any() and not labels[half:].all():
-                for measure in ("f1", "balanced_accuracy"):
-                    row = {}
-                    for k, v in columns.items():
-                        threshold = best_threshold(labels[:half], v[:half])
-                        row[k] = figure_estimate(
-                            lambda i, v=v, threshold=threshold, measure=measure: at_threshold(labels[half:][i], v[half:][i], threshold)[
-                                measure
-                            ],
-                            self.present_patients[half:],
-                        )
-                    t.add(f"{what}, threshold from the first half of the cases", measure, "higher", row)
-            said = np.array([p[1] > 0 for p in self.present])
-            t.add(
-                "studies with a lesion that get a finding",
-                "k of n",
-                "higher",
-                {predict.MODEL: f"{int((said & labels).sum())} of {int(labels.sum())}"},
-            )
-            t.add(
-                "normal studies with a false finding",
-                "k of n",
-                "lower",
-                {predict.MODEL: f"{int((said & ~labels).sum())} of {int((~labels).sum())}"},
-            )
+            self._presence(t)
         if self.sides:
-            t.add("side of the largest finding", "k of n right", "higher", {predict.MODEL: f"{sum(self.sides)} of {len(self.sides)}"})
+            t.add("side of the largest finding", "k of n right", "higher", {predict.MODEL: of(sum(self.sides), len(self.sides))})
         if self.confidence:
             right, sure = (np.array(x) for x in zip(*self.confidence, strict=True))
             t.add(
@@ -164,6 +126,45 @@ class Lesions:
             figures.mkdir(parents=True, exist_ok=True)
             draw_reliability(right, sure, figures / f"{self.suite}-reliability.png", f"{self.suite}: findings")
         return t
+
+    def _presence(self, t: Table) -> None:
+        """Whether a study has a lesion, by the surest finding in it."""
+        labels = np.array([p for p, _ in self.present], dtype=bool)
+        scores = {k: np.array([sure[k] for _, sure in self.present]) for k in self.present[0][1]}
+        said, what = scores[predict.MODEL] > 0, "lesion present in a study, by the surest finding"
+        if labels.any() and not labels.all():
+            t.add(what, "AUROC (DeLong)", "higher", {k: Estimate(*auroc(labels, v), len(labels)) for k, v in scores.items()})
+            areas = {k: figure_estimate(lambda i, v=v: auprc(labels[i], v[i]), self.present_patients) for k, v in scores.items()}
+            t.add(what, "AUPRC", "higher", areas | {ALL: figure_estimate(lambda i: float(labels[i].mean()), self.present_patients)})
+        tuned, tested = slice(len(labels) // 2), slice(len(labels) // 2, None)
+        if labels[tuned].any() and labels[tested].any() and not labels[tested].all():
+            for measure in ("f1", "balanced_accuracy"):
+                row = {}
+                for k, v in scores.items():
+                    threshold = best_threshold(labels[tuned], v[tuned])
+                    figure = functools.partial(_at, labels[tested], v[tested], threshold, measure)
+                    row[k] = figure_estimate(figure, self.present_patients[tested])
+                t.add(f"{what}, threshold from the first half of the cases", measure, "higher", row)
+        if labels.any():
+            t.add(
+                "studies with a lesion that get a finding",
+                "k of n",
+                "higher",
+                {predict.MODEL: of(int((said & labels).sum()), int(labels.sum()))},
+            )
+        if not labels.all():
+            t.add(
+                "normal studies with a false finding",
+                "k of n",
+                "lower",
+                {predict.MODEL: of(int((said & ~labels).sum()), int((~labels).sum()))},
+            )
+
+
+def _at(labels: np.ndarray, scores: np.ndarray, threshold: float, measure: str, index: np.ndarray) -> float:
+    """A measure at a threshold on some of the samples; nan where they are of one class."""
+    some = labels[index]
+    return at_threshold(some, scores[index], threshold)[measure] if some.any() and not some.all() else float("nan")
 
 
 def numbers_agree(told: dict[str, Any], labels: np.ndarray, s: Scored) -> tuple[int, int]:
@@ -188,15 +189,20 @@ class Honesty:
     """What is said against what is there, in every case of every suite."""
 
     def __init__(self) -> None:
-        self.grounded: list[float] = []
+        self.grounded: list[tuple[float, float]] = []
         self.grounded_patients: list[str] = []
         self.numbers = [0, 0]
         self.false_findings: list[float] = []
         self.normal_patients: list[str] = []
         self.denied = [0, 0]
+        self.abstained = [0, 0]
         self.refused: list[tuple[str, str]] = []
         self.scope: list[tuple[bool, float]] = []
-        self.facts: dict[str, list[int]] = {"plane": [0, 0], "sequence, where one is named": [0, 0], "sequence, of all": [0, 0]}
+        self.facts: dict[str, list[int]] = {
+            "plane": [0, 0],
+            "sequence read off the image, where one is named": [0, 0],
+            "sequence read off the image, of all": [0, 0],
+        }
         self.sequences: list[str] = []
 
     def see(self, s: Scored) -> None:
@@ -214,29 +220,32 @@ class Honesty:
             return
         report, labels = told["report"], s.labels[predict.MODEL]
         self.scope.append((False, report["scope"]["score"]))
+        self.abstained[1] += 1
+        self.abstained[0] += not report["scope"]["in_scope"]
         right, total = numbers_agree(report, labels, s)
         self.numbers[0] += right
         self.numbers[1] += total
         if s.truth.plane:
             self._fact("plane", told["what"]["study"]["plane"] == s.truth.plane)
         if s.truth.sequence:
-            said = told["what"]["study"]["sequence"]
+            said = told["what"]["study"]["sequence"] if told["what"]["study"]["sequence_source"] == "image" else "other"
             same = said == s.truth.sequence or (said, s.truth.sequence) == ("T1w", "T1w-Gd")
-            self._fact("sequence, of all", same)
+            self._fact("sequence read off the image, of all", same)
             if said not in ("other", "unknown"):
-                self._fact("sequence, where one is named", same)
+                self._fact("sequence read off the image, where one is named", same)
             if s.case.suite != "synthetic":
                 self.sequences.append(f"{s.case.name}: {said} ({s.truth.sequence})")
         if s.truth.lesion:
             self.denied[1] += 1
-            self.denied[0] += bool(NO_LESION.search(report["text"]))
+            self.denied[0] += any(f.negated and f.type in DENIED for f in extract(report["text"]).findings)
         if s.truth.lesion is False:
             self.false_findings.append(float(len(report["findings"])))
             self.normal_patients.append(s.case.patient)
         if s.truth.lesions is not None and report["findings"]:
             ranks, sizes = rank_components(torch.from_numpy(np.isin(labels, (25, 57))))
             for rank in range(1, min(len(sizes), len(report["findings"])) + 1):
-                self.grounded.append(float(s.truth.lesions[(ranks == rank).numpy()].any()))
+                inside = s.truth.lesions[(ranks == rank).numpy()]
+                self.grounded.append((float(inside.any()), float(inside.mean() >= 0.5)))
                 self.grounded_patients.append(s.case.patient)
 
     def _fact(self, name: str, right: bool) -> None:
@@ -246,18 +255,15 @@ class Honesty:
     def table(self) -> Table:
         """All of it."""
         t = Table("all cases", "Grounding and honesty")
-        if self.grounded:
-            t.add(
-                "findings whose mask touches a true lesion",
-                "share",
-                "higher",
-                {predict.MODEL: mean_estimate(self.grounded, self.grounded_patients)},
-            )
+        for k, what in enumerate(("touches a true lesion", "lies in true lesions with half of it or more")):
+            if self.grounded:
+                values = mean_estimate([g[k] for g in self.grounded], self.grounded_patients)
+                t.add(f"findings whose mask {what}", "share", "higher", {predict.MODEL: values})
         t.add(
-            "measured numbers in reports that are their masks'",
+            "measured numbers in reports that are their masks' (so by construction)",
             "k of n",
             "higher",
-            {predict.MODEL: f"{self.numbers[0]} of {self.numbers[1]}"},
+            {predict.MODEL: of(*self.numbers)},
         )
         if self.false_findings:
             t.add(
@@ -267,15 +273,15 @@ class Honesty:
                 {predict.MODEL: mean_estimate(self.false_findings, self.normal_patients)},
                 (0.0, float("inf")),
             )
-        t.add('"no lesion" said of a study with one', "k of n", "lower", {predict.MODEL: f"{self.denied[0]} of {self.denied[1]}"})
+        t.add('"no lesion" said of a study with one', "k of n", "lower", {predict.MODEL: of(*self.denied)})
+        if self.abstained[1]:
+            t.add("brain scans that are refused", "k of n", "lower", {predict.MODEL: of(*self.abstained)})
         for name, (right, total) in self.facts.items():
             if total:
-                t.add(name, "k of n right", "higher", {predict.MODEL: f"{right} of {total}"})
+                t.add(name, "k of n right", "higher", {predict.MODEL: of(right, total)})
         if self.refused:
             kept = sum("ANSWERED" not in what for _, what in self.refused)
-            t.add(
-                "images that are no brain MRI: refused or abstained", "k of n", "higher", {predict.MODEL: f"{kept} of {len(self.refused)}"}
-            )
+            t.add("images that are no brain MRI: refused or abstained", "k of n", "higher", {predict.MODEL: of(kept, len(self.refused))})
             labels, scores = (np.array(x) for x in zip(*self.scope, strict=True))
             t.add(
                 "scope score, no brain MRI against brain",

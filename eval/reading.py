@@ -95,12 +95,17 @@ def benchmark() -> dict[str, dict[str, float]]:
         nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])), nifti)
         write_series(voxels, series)
         return {
-            f".nii.gz {SIDE}^3, read, RAS, normalised": seconds({
-                "OmniMRI, warm child": lambda: ours(nifti), "OmniMRI, cold child": lambda: ours(nifti),
-                "TorchIO": lambda: peer(nifti)}),
-            f".nii.gz {SIDE}^3, read, on the lattice of 192 x 192 pixels that a model sees": seconds({
-                "OmniMRI, warm child": lambda: as_seen(nifti)}),
-            f"DICOM series of {SIDE} files, read": seconds({
-                "OmniMRI, warm child": lambda: open_study(series), "OmniMRI, cold child": lambda: open_study(series),
-                "SimpleITK": lambda: itk(series)}),
+            f".nii.gz {SIDE}^3, read, RAS, normalised": seconds(
+                {"OmniMRI, warm child": lambda: ours(nifti), "OmniMRI, cold child": lambda: ours(nifti), "TorchIO": lambda: peer(nifti)}
+            ),
+            f".nii.gz {SIDE}^3, read, on the lattice of 192 x 192 pixels that a model sees": seconds(
+                {"OmniMRI, warm child": lambda: as_seen(nifti)}
+            ),
+            f"DICOM series of {SIDE} files, read": seconds(
+                {
+                    "OmniMRI, warm child": lambda: open_study(series),
+                    "OmniMRI, cold child": lambda: open_study(series),
+                    "SimpleITK": lambda: itk(series),
+                }
+            ),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,19 +53,38 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8 text, got {path.name!r} with another byte at {error.start}") from None
     if path.suffix.lower() == ".csv":
-        csv.field_size_limit(MAX_BYTES)
-        return [(n, row) for n, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 2)]
+        return _csv_rows(text, path)
     rows = []
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ValueError(f"expected one JSON object a line, got something else on line {n} of {path.name!r}") from None
         if not isinstance(row, dict):
             raise ValueError(f"expected a JSON object, got {type(row).__name__} on line {n} of {path.name!r}")
         rows.append((n, row))
+    return rows
+
+
+def _csv_rows(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of CSV text whose first line names the columns; empty cells are left out."""
+    csv.field_size_limit(MAX_BYTES)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected each column once, got one twice in {path.name!r}")
+        for cells in reader:
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"expected {len(names)} cells, got {len(cells)} on line {reader.line_num} of {path.name!r}; quote texts with commas"
+                )
+            rows.append((reader.line_num, {k: v for k, v in zip(names, cells, strict=True) if v != "" or k == "prediction"}))
+    except csv.Error as error:
+        raise ValueError(f"expected CSV, got a damaged line {reader.line_num} in {path.name!r} ({error})") from None
     return rows
 
 
@@ -76,7 +96,7 @@ def _by_id(path: Path) -> dict[str, tuple[int, dict[str, Any]]]:
         if not isinstance(key, str | int) or key == "":
             raise ValueError(f"expected an 'id' (a string or a whole number), got none on line {n} of {path.name!r}")
         if str(key) in out:
-            raise ValueError(f"expected each id once, got {str(key)!r} again on line {n} of {path.name!r}")
+            raise ValueError(f"expected each id once, got {str(key)[:60]!r} again on line {n} of {path.name!r}")
         out[str(key)] = n, row
     if not out:
         raise ValueError(f"expected at least one line, got none in {path.name!r}")
@@ -85,9 +105,9 @@ def _by_id(path: Path) -> dict[str, tuple[int, dict[str, Any]]]:
 
 def _references(row: dict[str, Any], n: int, path: Path) -> tuple[str, ...] | None:
     """References of a row; None where it has none."""
-    told = row.get("references", row.get("reference"))
-    if told is None or told == "":
-        return None if "reference" not in row and "references" not in row else ("",)
+    told = next((row[k] for k in ("references", "reference") if row.get(k) is not None), None)
+    if told is None:
+        return None
     told = [told] if isinstance(told, str) else told
     if not isinstance(told, list) or not told or not all(isinstance(t, str) for t in told):
         raise ValueError(f"expected 'reference' (text) or 'references' (a list of texts), got another kind on line {n} of {path.name!r}")
@@ -105,7 +125,7 @@ def read_texts(predictions: Path, references: Path | None = None) -> Texts:
     for a, b, name in ((said, others, predictions), (others, said, references or predictions)):
         alone = [k for k in a if k not in b]
         if alone:
-            raise ValueError(f"expected the same ids in both files, got {len(alone)} in {name.name!r} alone, the first {alone[0]!r}")
+            raise ValueError(f"expected the same ids in both files, got {len(alone)} in {name.name!r} alone, the first {alone[0][:60]!r}")
     texts, truths, patients = [], [], []
     for key, (n, row) in said.items():
         if not isinstance(row.get("prediction"), str):
@@ -116,10 +136,14 @@ def read_texts(predictions: Path, references: Path | None = None) -> Texts:
             raise ValueError(f"expected 'reference' or 'references', got neither on line {line} of {(references or predictions).name!r}")
         texts.append(row["prediction"])
         truths.append(found)
-        patients.append(row.get("patient") or other.get("patient"))
-    if any(patients) and not all(patients):
-        raise ValueError(f"expected 'patient' on every line or on none, got it on {sum(map(bool, patients))} of {len(patients)}")
-    return Texts(tuple(said), tuple(texts), tuple(truths), tuple(map(str, patients)) if all(patients) else None)
+        named = {str(r["patient"]) for r in (row, other) if r.get("patient") is not None}
+        if len(named) > 1:
+            raise ValueError(f"expected one 'patient' for an id, got two on line {n} of {predictions.name!r}")
+        patients.append(next(iter(named), None))
+    known = sum(p is not None for p in patients)
+    if known not in (0, len(patients)):
+        raise ValueError(f"expected 'patient' on every line or on none, got it on {known} of {len(patients)}")
+    return Texts(tuple(said), tuple(texts), tuple(truths), tuple(map(str, patients)) if known else None)
 
 
 def load_scorer(name: str) -> Metric:
@@ -141,8 +165,8 @@ def load_scorer(name: str) -> Metric:
             values = np.asarray(score(list(predictions), [list(r) for r in references]), dtype=float)
         except (TypeError, ValueError) as error:
             raise ValueError(f"expected {len(predictions)} numbers from {name!r}, got {type(error).__name__}: {error}") from None
-        if values.shape != (len(predictions),):
-            raise ValueError(f"expected {len(predictions)} numbers from {name!r}, got an array of shape {values.shape}")
+        if values.shape != (len(predictions),) or not np.isfinite(values).all():
+            raise ValueError(f"expected {len(predictions)} finite numbers from {name!r}, got an array of shape {values.shape} or others")
         return mean_of(values)
 
     return Metric(
@@ -193,6 +217,19 @@ def _row(m: Metric, e: Estimate) -> dict[str, Any]:
         "range": list(m.range),
         "definition": m.definition,
     }
+
+
+def to_json(results: Any) -> str:
+    """JSON in which what is not defined is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and np.isnan(value) else value
+
+    return json.dumps(plain(results), indent=1)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -264,6 +301,8 @@ def compare_systems(
         said = [b.predictions[k] for k in index]
         if [b.references[k] for k in index] != list(a.references):
             raise ValueError(f"expected the same references in {first!r} and {name!r}, got others")
+        if (b.patients and [b.patients[k] for k in index]) != (a.patients and list(a.patients)):
+            raise ValueError(f"expected the same patients in {first!r} and {name!r}, got others")
         kept: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
         for m in metrics:
             if m.statistics not in kept:
@@ -289,7 +328,8 @@ def compare_systems(
     for kind in ("bootstrap", "randomisation"):
         for test, p in zip(tests, holm([t[f"p_{kind}"] for t in tests]), strict=True):
             test[f"p_{kind}_holm"] = p
-    return {"draws": draws, "shuffles": shuffles, "seed": seed, "signatures": sacrebleu_signatures(), "tests": tests}
+    unit = f"{len(set(a.patients))} patients" if a.patients else f"{len(a.ids)} reports"
+    return {"draws": draws, "shuffles": shuffles, "unit": unit, "seed": seed, "signatures": sacrebleu_signatures(), "tests": tests}
 
 
 def compare_markdown(results: dict[str, Any]) -> str:
@@ -299,7 +339,7 @@ def compare_markdown(results: dict[str, Any]) -> str:
         "",
         (
             f"{NOTICE} Paired bootstrap ({results['draws']} draws) and approximate randomisation ({results['shuffles']} shuffles), "
-            f"two-sided, Holm's correction over {len(results['tests'])} tests, seed {results['seed']}."
+            f"two-sided, over {results['unit']}, Holm's correction over {len(results['tests'])} tests, seed {results['seed']}."
         ),
         "",
         *(f"- {k}: `{v}`" for k, v in results["signatures"].items()),

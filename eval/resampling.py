@@ -13,6 +13,8 @@ import numpy as np
 from .metrics.metric import Metric
 
 DRAWS, SHUFFLES = 1000, 10_000
+LEAST_GROUPS = 5
+"""Fewer patients (or reports) give no bootstrap p value: all draws may be alike."""
 CHUNK = 1000
 """Draws that are in memory at a time."""
 
@@ -50,8 +52,9 @@ def estimate(
 ) -> Estimate:
     """A metric of (N, K) statistics with the percentile interval of a bootstrap over patients (Efron, 1979)."""
     groups = grouped(statistics, patients)
-    drawn = metric.score(draw(len(groups), draws, seed) @ groups)
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    low, high = float("nan"), float("nan")
+    if len(groups) > 1:
+        low, high = np.percentile(metric.score(draw(len(groups), draws, seed) @ groups), [2.5, 97.5])
     return Estimate(float(metric.score(statistics.sum(0))), float(low), float(high), len(statistics))
 
 
@@ -74,8 +77,24 @@ def figure_estimate(figure: Callable[[np.ndarray], float], patients: Sequence[st
     groups = [np.flatnonzero(index == k) for k in range(len(names))]
     rng = np.random.default_rng(seed)
     drawn = [figure(np.concatenate([groups[k] for k in rng.integers(0, len(groups), len(groups))])) for _ in range(draws)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (float("nan"), float("nan"))
+    known = len(groups) > 1 and not np.isnan(drawn).all()
+    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if known else (float("nan"), float("nan"))
     return Estimate(figure(np.arange(len(patients))), float(low), float(high), len(patients))
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927); the whole range where n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z2, p = 1.959964**2, k / n
+    middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), 1.959964 * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def of(k: int, n: int) -> str:
+    """`k of n` with its interval, as tables show it."""
+    low, high = wilson(k, n)
+    return f"{k} of {n} [{low:.2f}, {high:.2f}]" if n else "0 of 0"
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,8 @@ def compare(
     found = float(metric.score(gb.sum(0)) - metric.score(ga.sum(0)))
     # Shifted to no difference, how often is one as large as the one found?
     p_bootstrap = (1 + int((np.abs(drawn - drawn.mean()) >= abs(found) - 1e-12).sum())) / (draws + 1)
+    if len(ga) < LEAST_GROUPS:
+        p_bootstrap = float("nan")
     rng = np.random.default_rng(seed)
     larger, left = 0, shuffles
     total_a, total_b, off = ga.sum(0), gb.sum(0), gb - ga
@@ -119,10 +140,10 @@ def compare(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction for as many tests as there are values (Holm, 1979)."""
-    order = np.argsort(p_values)
-    adjusted, worst = np.zeros(len(p_values)), 0.0
+    """Holm's correction for as many tests as there are values (Holm, 1979); nan stays nan and is no test."""
+    order = [k for k in np.argsort(p_values) if not np.isnan(p_values[k])]
+    adjusted, worst = np.full(len(p_values), np.nan), 0.0
     for rank, k in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[k]))
+        worst = max(worst, min(1.0, (len(order) - rank) * p_values[k]))
         adjusted[k] = worst
     return adjusted.tolist()

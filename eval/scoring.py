@@ -87,10 +87,15 @@ def load(case: Case, out: Path, systems: Sequence[str]) -> Scored:
         told[system], found = predict.read(out, system, case)
         if found is not None:
             labels[system] = found
-    wrong = told[predict.MODEL].get("failed") or told[predict.MODEL].get("refused")
-    if wrong:
-        raise ValueError(wrong)
+        wrong = told[system].get("failed") or told[system].get("refused")
+        if wrong:
+            raise ValueError(f"{system}: {wrong}")
     study, truth = open_case(case)
+    if any(t["study"] != predict.fingerprint(study) for t in told.values()):
+        raise ValueError("expected the study that was predicted, got other voxels; predict it again")
+    arrays = [*labels.values(), truth.labels, truth.grey, truth.white, truth.brain, truth.lesions, truth.ignored]
+    if any(a is not None and a.shape != tuple(study.primary.shape) for a in arrays):
+        raise ValueError(f"expected masks of {tuple(study.primary.shape)} voxels, got others")
     return Scored(case, study, truth, told, labels)
 
 
@@ -109,7 +114,7 @@ def as_truth(labels: np.ndarray) -> np.ndarray:
 def mixture_of(s: Scored) -> np.ndarray:
     """The baseline of three Gaussians, its grey and white matter sided at the scanner's midline."""
     volume = s.study.primary
-    labels = predict.mixture_labels(image_of(s), s.truth)
+    labels = predict.mixture_labels(image_of(s), s.truth.sequence)
     axes = [np.arange(n) for n in labels.shape]
     right = (
         sum(float(volume.affine[0, k]) * a.reshape([-1 if d == k else 1 for d in range(3)]) for k, a in enumerate(axes))
@@ -213,17 +218,17 @@ class Tissue:
         return t
 
 
-def reports_table(seen: Sequence[tuple[str, str, str, str]]) -> Table:
+def reports_table(seen: Sequence[tuple[str, str, str, str | None, str]]) -> Table:
     """Reports of the synthetic suite against their references.
 
     Args:
-        seen: (case, said, said by random weights, reference).
+        seen: (case, patient, said, said by random weights or None, reference).
     """
     t = Table("synthetic", "Reports against the reference, by rules and n-grams")
-    ids, said, control, true = zip(*seen, strict=True)
-    systems = {predict.MODEL: said, predict.RANDOM: control, CONSTANT: [CONSTANT_REPORT] * len(ids)}
+    ids, patients, said, control, true = zip(*seen, strict=True)
+    systems = {predict.MODEL: said, **({predict.RANDOM: control} if all(control) else {}), CONSTANT: [CONSTANT_REPORT] * len(ids)}
     scored = {
-        k: score(Texts(ids, tuple(v), tuple((r,) for r in true), None), list(METRICS.values()))["metrics"] for k, v in systems.items()
+        k: score(Texts(ids, tuple(v), tuple((r,) for r in true), patients), list(METRICS.values()))["metrics"] for k, v in systems.items()
     }
     for name, m in METRICS.items():
         t.add(
@@ -269,13 +274,11 @@ class Reconstructions:
         """Means over the cases after the choosing ones."""
         t = Table("synthetic", "Reconstruction of undersampled k-space (coil maps estimated by one method for all)")
         first = self.cases[: self.CHOOSING]
-        chosen = max(
-            self.WEIGHTS,
-            key=lambda w: np.mean(
-                [measure_images(c[0][f"{WAVELET} {w}"], c[1])["psnr_db"] for c in first if f"{WAVELET} {w}" in c[0]] or [0]
-            ),
-        )
-        t.notes.append(f"{WAVELET}: weight {chosen}, chosen on {len(first)} other cases")
+        chosen = None
+        if any(name.startswith(WAVELET) for found, _, _ in first for name in found):
+            chosen = max(self.WEIGHTS, key=lambda w: np.mean([measure_images(c[0][f"{WAVELET} {w}"], c[1])["psnr_db"] for c in first]))
+            edge = " (at the end of the range tried)" if chosen in (self.WEIGHTS[0], self.WEIGHTS[-1]) else ""
+            t.notes.append(f"{WAVELET}: weight {chosen}{edge}, chosen on {len(first)} other cases")
         rest = self.cases[self.CHOOSING :]
         values: dict[str, dict[str, list[float]]] = {}
         for found, truth, _ in rest:

@@ -20,10 +20,10 @@ from . import predict
 from .cases import Case
 from .findings import Honesty, Lesions
 from .metrics.segmentation import dice
-from .reports import NOTICE, write_atomic
+from .reports import NOTICE, to_json, write_atomic
 from .scoring import Reconstructions, Scored, Structures, Table, Tissue, load, reports_table
 
-VERSION = 1
+VERSION = 2
 """Of the suites: figures of different versions are not compared."""
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "monai", "scikit-image", "scikit-learn", "sacrebleu", "spacy", "negspacy")
 
@@ -60,25 +60,38 @@ def run(cases: Sequence[Case], out: Path, *, checkpoint: str | None, score_only:
         if not record.exists():
             raise ValueError(f"expected predictions in {out.name!r}, got none; run without --score-only")
         known = json.loads(record.read_text(encoding="utf-8"))
+        controls = known["controls"]
     else:
         assistant = Assistant(checkpoint)
-        known = {
-            "checkpoint": "embedded" if checkpoint is None else Path(checkpoint).name,
-            "checkpoint_sha256": assistant.digest,
-            "predicted_by": commit(),
-        }
+        name = "embedded" if checkpoint is None else Path(checkpoint).name
+        known = {"checkpoint": name, "checkpoint_sha256": assistant.digest, "key": f"{VERSION}:{assistant.digest}", "controls": controls}
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(known))
-        predict.predict(assistant, predict.MODEL, cases, out, digest=assistant.digest)
+        predict.predict(assistant, predict.MODEL, cases, out, key=known["key"])
         if controls:
-            asked = [c for c in cases if c.suite not in ("refused", "individuals")]
-            predict.predict(predict.random_weights(assistant), predict.RANDOM, asked, out, digest=assistant.digest)
+            asked = [c for c in cases if controlled(c)]
+            predict.predict(predict.random_weights(assistant), predict.RANDOM, asked, out, key=known["key"])
         del assistant
+    for case in cases:  # nothing is written before every prediction is there
+        for system in systems_of(case, controls=controls):
+            told, _ = predict.read(out, system, case)
+            if told["key"] != known["key"]:
+                raise ValueError(f"expected predictions of one checkpoint, got another's of {case.name!r}; run without --score-only")
     results = score(cases, out, controls=controls, pooled=pooled)
     results = {"suite_version": VERSION, "commit": commit(), **known, "libraries": library_versions(), **results}
-    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    write_atomic(out / "results.json", to_json(results))
     write_atomic(out / "results.md", markdown(results))
     return results
+
+
+def controlled(case: Case) -> bool:
+    """Whether random weights are asked too."""
+    return case.suite not in ("refused", "individuals")
+
+
+def systems_of(case: Case, *, controls: bool) -> list[str]:
+    """The systems that predict a case."""
+    return [predict.MODEL, *([predict.RANDOM] if controls and controlled(case) else [])]
 
 
 def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> dict[str, Any]:
@@ -91,9 +104,8 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
         structures, tissue, lesions, images = Structures(suite, pooled=pooled), Tissue(suite), Lesions(suite), Reconstructions()
         texts, ranked = [], []
         for case in (c for c in cases if c.suite == suite):
-            systems = [predict.MODEL, *([predict.RANDOM] if controls and suite not in ("refused", "individuals") else [])]
             try:
-                s = load(case, out, systems) if suite != "refused" else load_refused(case, out)
+                s = load(case, out, systems_of(case, controls=controls)) if suite != "refused" else load_refused(case, out)
                 for table in (structures, tissue, lesions, honesty):
                     table.see(s)
                 images.see(s, out)
@@ -106,7 +118,8 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
                 seconds["report"].append(told["seconds"]["segment"] + told["seconds"]["report"])
                 peak = max(peak, told["peak_memory_gib"])
                 if s.truth.report is not None:
-                    texts.append((case.name, told["report"]["text"], s.told.get(predict.RANDOM, told)["report"]["text"], s.truth.report))
+                    control = s.told[predict.RANDOM]["report"]["text"] if predict.RANDOM in s.told else None
+                    texts.append((case.name, case.patient, told["report"]["text"], control, s.truth.report))
                 ranked.append((figure_of_merit(s), case))
         tables += [
             t
@@ -138,6 +151,8 @@ def load_refused(case: Case, out: Path) -> Scored:
     from .cases import Truth
 
     told, _ = predict.read(out, predict.MODEL, case)
+    if "failed" in told:
+        raise ValueError(told["failed"])
     return Scored(case, Study(), Truth(), {predict.MODEL: told}, {})
 
 
@@ -225,7 +240,7 @@ def cell(value: dict[str, Any] | str | None) -> str:
         return value or ""
     if np.isnan(value["value"]):
         return "not defined"
-    interval = f" [{value['low']:.3g}, {value['high']:.3g}]" if value["n"] > 1 and not np.isnan(value["low"]) else ""
+    interval = "" if np.isnan(value["low"]) else f" [{value['low']:.3g}, {value['high']:.3g}]"
     return f"{value['value']:.3g}{interval}, n = {value['n']}"
 
 
@@ -236,8 +251,10 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         (
             f"{NOTICE} Checkpoint {results['checkpoint']} (`{results['checkpoint_sha256'][:16]}`), suites version "
-            f"{results['suite_version']}, commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws); "
-            "one case has none. Undefined figures are left out of means and of n."
+            f"{results['suite_version']}, commit `{results['commit']}`. Means over cases with 95 % intervals by patient (1,000 draws; "
+            "200 for average precision, FROC, AUPRC and F1; DeLong by case for AUROC; Wilson for k of n); n counts cases, of which a "
+            "patient may have several, and one patient has no interval. The synthetic heads are four, on which the checkpoint's "
+            "thresholds were chosen too. Undefined figures are left out of means and of n."
         ),
         "",
         f"{results['cases']} cases; median seconds {results['seconds']}; peak memory {results['peak_memory_gib']} GiB; "

@@ -47,6 +47,7 @@ def test_facts_of_a_sentence():
     assert [f.type for f in again.findings] == ["mass", "mass"]
     assert again.findings[1].size_mm == (14.0,)
     assert extract("") == extract("   ")
+    assert extract("Left " + "-" * 300 + " x frontal lobe lesion.").findings  # a line of hyphens takes no time
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from eval.metrics.metric import mean_of, mean_score
 from eval.metrics.ngram import bleu_13a, bleu_13a_score, bleu_coco, bleu_coco_score, chrf, chrf_score, cider, rouge_l, rouge_l_coco, rouge_n
 from eval.metrics.report import METRICS, NGRAM_METRICS
 from eval.reports import read_texts
-from eval.resampling import compare, estimate, grouped, holm, mean_estimate
+from eval.resampling import compare, estimate, grouped, holm, mean_estimate, wilson
 from eval.speed import drawn_reports
 
 VECTORS = json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text())
@@ -214,6 +214,12 @@ def test_comparison_and_holm():
     assert 0 <= sum(p < 0.05 for p in null) <= 12
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.01, float("nan"), 0.04])[::2] == pytest.approx([0.02, 0.04])
+    few = compare(metric, a[:5], b[:5], ["one"] * 5, shuffles=100)
+    assert np.isnan(few.p_bootstrap)
+    assert few.p_randomisation > 0.3
+    assert np.isnan(mean_estimate([1.0, 2.0], ["one", "one"]).low)
+    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=2e-3)
 
 
 def write_lines(path, *rows):
@@ -244,12 +250,13 @@ def test_report_and_compare_commands(tmp_path, capsys):
     assert all(f"| {m.name} | " in text for m in METRICS.values())
     b = tmp_path / "b.csv"
     b.write_text("id,prediction\n" + "".join(f'{k},"A mass, in the lobe."\n' for k in (3, 2, 1, 0)))
-    truth = write_lines(tmp_path / "r.jsonl", *({"id": k, "reference": "A mass.", "patient": "x"} for k in range(4)))
+    truth = write_lines(tmp_path / "r.jsonl", *({"id": k, "reference": "A mass.", "patient": f"p{k // 2}"} for k in range(4)))
     assert read_texts(b, truth).references == (("A mass.",),) * 4
     assert main(["compare", str(a), str(b), "--references", str(truth), "--out", str(tmp_path / "c")]) == 0
     tests = json.loads((tmp_path / "c" / "results.json").read_text())["tests"]
     assert len(tests) == len(METRICS)
-    assert all(t["p_bootstrap_holm"] >= t["p_bootstrap"] for t in tests)
+    assert all(t["p_randomisation_holm"] >= t["p_randomisation"] for t in tests)
+    assert all(t["p_bootstrap"] is None for t in tests)  # of two patients
     assert "B - A" in capsys.readouterr().out
 
 
@@ -268,6 +275,8 @@ BAD = {
         "'patient'",
     ),
     "empty": ([""], "at least one line"),
+    "null for a reference": ([{"id": 1, "prediction": "a", "reference": None}], "'reference'"),
+    "an endless number": (['{"id": ' + "9" * 5000 + ', "prediction": "a"}'], "line 1"),
 }
 
 
@@ -284,6 +293,30 @@ def test_input_that_cannot_be_used(name, tmp_path, capsys):
     assert error.count("\n") == 1
     assert (tmp_path / "out" / "results.json").read_text() == "kept"
     assert os.listdir(tmp_path / "out") == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id,prediction,reference\n1,No mass, no bleed,No mass.\n", "3 cells, got 4 on line 2"),
+        ("id,prediction,reference\n1,No mass\n", "3 cells, got 2 on line 2"),
+        ('id,prediction,reference\n1,"No mass,No mass.\n2,a,b\n', "damaged line"),
+        ("id,prediction,prediction\n1,a,b\n", "each column once"),
+    ],
+)
+def test_csv_that_is_not_whole(text, said, tmp_path):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_texts(tmp_path / "p.csv")
+
+
+def test_csv_keeps_lines_inside_a_cell_and_either_column_of_references(tmp_path):
+    (tmp_path / "p.csv").write_text('id,prediction,reference,references\n7,"one\u2028two\nthree",truth,\n8,,truth,\n')
+    found = read_texts(tmp_path / "p.csv")
+    assert found.predictions == ("one\u2028two\nthree", "")
+    assert found.references == (("truth",), ("truth",))
+    found = read_texts(write_lines(tmp_path / "p.jsonl", *({"id": k, "prediction": "a", "reference": "b", "patient": k} for k in range(3))))
+    assert found.patients == ("0", "1", "2")
 
 
 def test_files_that_do_not_fit(tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_a_suite_is_predicted_scored_interrupted_and_scored_again(cases, checkpo
     first = suite.run(cases, out, score_only=False, **settings)
     assert all((out / "predictions" / "model" / name / "answer.json").stat().st_mtime_ns == t for name, t in kept.items())
     assert not list((out / "predictions").rglob("*.partial"))
-    assert any(f.startswith("broken: RuntimeError: disk on fire") for f in first["failures"])
+    assert any(f == "broken: model: RuntimeError: disk on fire" for f in first["failures"])
     titles = {t["title"].split(" (")[0].split(",")[0] for t in first["tables"]}
     assert titles == {
         "Tissue and brain mask",
@@ -103,8 +103,23 @@ def test_a_suite_is_predicted_scored_interrupted_and_scored_again(cases, checkpo
     monkeypatch.setattr(suite, "Assistant", lambda *_: pytest.fail("a model was loaded"))
     again = suite.run(cases, out, score_only=True, **settings)
     assert json.dumps(again["tables"]) == json.dumps(json.loads(json.dumps(first["tables"])))
+    other = Case("head 0", "synthetic", "p0", lambda: phantom_case(7))
+    listed = suite.run([other], out, score_only=True, **settings)["failures"]
+    assert listed == ["head 0: expected the study that was predicted, got other voxels; predict it again"]
+    kept = (out / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="a prediction of 'new'"):
+        suite.run([*cases, Case("new", "synthetic", "p", lambda: phantom_case(8))], out, score_only=True, **settings)
+    assert (out / "results.json").read_bytes() == kept
     with pytest.raises(ValueError, match="without --score-only"):
         suite.run(cases, tmp_path / "none", score_only=True, **settings)
+
+
+def test_without_controls_no_column_stands_for_them(cases, checkpoint, tmp_path, monkeypatch):
+    whole = Assistant.answer
+    monkeypatch.setattr(Assistant, "answer", lambda *a, **k: whole(*a, **k, on_text=lambda _: False))
+    results = suite.run(cases[:2], tmp_path, checkpoint=str(checkpoint), score_only=False, controls=False, pooled=False)
+    assert not any(predict.RANDOM in r["values"] for t in results["tables"] for r in t["rows"])
+    assert any(t["title"].startswith("Reports") for t in results["tables"])
 
 
 def seen_as(truth_labels, said_labels, *, suite_name="synthetic", **truth):
@@ -114,7 +129,7 @@ def seen_as(truth_labels, said_labels, *, suite_name="synthetic", **truth):
     told = {
         "detect": {"findings": []},
         "report": {"findings": [], "text": "No lesion is found.", "scope": {"score": 0.1, "in_scope": True}},
-        "what": {"study": {"plane": "axial", "sequence": "other"}},
+        "what": {"study": {"plane": "axial", "sequence": "other", "sequence_source": "image"}},
         "seconds": {"segment": 1.0, "report": 1.0},
         "peak_memory_gib": 1.0,
     }
@@ -145,7 +160,7 @@ def test_honesty_counts_what_is_denied_and_numbers_that_are_no_masks():
     honesty.see(s)
     assert honesty.denied == [1, 1]
     assert honesty.facts["plane"] == [1, 1]
-    assert honesty.facts["sequence, where one is named"] == [0, 0]
+    assert honesty.facts["sequence read off the image, where one is named"] == [0, 0]
     finding = {"volume_ml": 0.1, "diameter_mm": 7.07, "confidence": 0.9, "box_mm": [[4.5, 4.5, 7.0], [9.5, 9.5, 11.0]], "side": "left"}
     told = {"text": "There is a lesion of 7 mm and 0.1 ml.", "findings": [finding]}
     assert findings.numbers_agree(told, said, s) == (3, 3)
@@ -167,7 +182,7 @@ def test_baselines():
     rng = np.random.default_rng(0)
     image = np.zeros((30, 30, 10), np.float32)
     image[5:25, 5:25] = rng.choice([30.0, 60.0, 100.0], size=(20, 20, 10)) + rng.normal(0, 2, (20, 20, 10))
-    labels = predict.mixture_labels(image, Truth())
+    labels = predict.mixture_labels(image, "T1w")
     assert set(np.unique(labels)) == {0, 2, 3, 24}
     assert (labels[(image > 85)] == 2).all()
     image[10:12, 10:12, 3:5] = 300

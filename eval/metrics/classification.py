@@ -23,7 +23,9 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float, float]:
     area = (both[:m].sum() - m * (m + 1) / 2) / (m * n)
     v10 = (both[:m] - stats.rankdata(positive)) / n
     v01 = 1 - (both[m:] - stats.rankdata(negative)) / m
-    variance = (v10.var(ddof=1) / m if m > 1 else 0.0) + (v01.var(ddof=1) / n if n > 1 else 0.0)
+    variance = (v10.var(ddof=1) / m + v01.var(ddof=1) / n) if min(m, n) > 1 else 0.0
+    if min(m, n) < 2:
+        return float(area), float("nan"), float("nan")
     half = 1.959964 * variance**0.5
     return float(area), float(max(0.0, area - half)), float(min(1.0, area + half))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,19 +30,25 @@ def box_iou(a: Box, b: Box) -> float:
     return common / union if union > 0 else 0.0
 
 
+@lru_cache(10_000)
+def _matched(case: Detected, least_iou: float) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    """Scores of a case's detections, the surest first, and which are right: each takes the best truth still free."""
+    free = set(range(len(case.truth)))
+    order = np.argsort(-np.asarray(case.scores, float), kind="stable").tolist()
+    right = []
+    for k in order:
+        overlap = {t: box_iou(case.boxes[k], case.truth[t]) for t in free}
+        best = max(overlap, key=lambda t: overlap[t], default=None)
+        right.append(best is not None and overlap[best] >= least_iou)
+        if right[-1]:
+            free.remove(best)
+    return tuple(case.scores[k] for k in order), tuple(right)
+
+
 def matched(cases: Sequence[Detected], least_iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of all detections, and which are right: each takes the best truth still free, the surest first."""
-    scores, right = [], []
-    for case in cases:
-        free = set(range(len(case.truth)))
-        for k in np.argsort(-np.asarray(case.scores, float), kind="stable"):
-            best = max(free, key=lambda t: box_iou(case.boxes[k], case.truth[t]), default=None)
-            hit = best is not None and box_iou(case.boxes[k], case.truth[best]) >= least_iou
-            if hit:
-                free.remove(best)
-            scores.append(case.scores[k])
-            right.append(hit)
-    return np.asarray(scores, float), np.asarray(right, bool)
+    """Scores of all detections, and which of them are right."""
+    found = [_matched(case, least_iou) for case in cases]
+    return np.array([s for scores, _ in found for s in scores], float), np.array([r for _, right in found for r in right], bool)
 
 
 def average_precision(cases: Sequence[Detected], least_iou: float) -> float:

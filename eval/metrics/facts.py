@@ -183,7 +183,7 @@ FACT_METRICS: tuple[Metric, ...] = (
         "fact precision",
         "share of the facts said that the reference has",
         fact_statistics,
-        lambda s: ratio(s[..., 0], s[..., 1], otherwise=1.0),
+        lambda s: np.where(s[..., 1] > 0, ratio(s[..., 0], s[..., 1]), s[..., 2] == 0),
     ),
     Metric(
         "fact recall", "share of the reference's facts that are said", fact_statistics, lambda s: ratio(s[..., 0], s[..., 2], otherwise=1.0)
@@ -255,9 +255,14 @@ def score_gold(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The extractor against annotated sentences, by kind.
 
     What the annotation does not hold (severity, the worse side, sequences of a finding) is left out.
+
+    Raises:
+        ValueError: a row lacks a field.
     """
     counts = []
-    for row in rows:
+    for k, row in enumerate(rows, 1):
+        if not {"text", "sequences", "planes", "structures", "findings"} <= set(row):
+            raise ValueError(f"expected text, sequences, planes, structures and findings in every row, got row {k} without")
         said = extract(row["text"])
         said = replace(said, findings=tuple(replace(f, severity=None, worse=None, seen_on=()) for f in said.findings))
         counts.append(count(said, facts_of_gold(row), pairing=_same_type))

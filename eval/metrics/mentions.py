@@ -217,7 +217,7 @@ def doubt(text: str, findings: list[Mention]) -> None:
 
 _ADJECTIVES = re.compile(
     r"(?:[\s-]|sided?|of|the|anterior|posterior|superior|inferior|medial|mesial|lateral|high|deep|mid|upper|lower|middle|paramedian|dorsal|ventral|central|aspect|cerebral|hemisphere|"
-    r"part|portion|pole|head|body|parts|half|nucleus|nuclei|subinsular|-)*",
+    r"part|portion|pole|head|body|parts|half|nucleus|nuclei|subinsular)*",
     re.IGNORECASE,
 )
 

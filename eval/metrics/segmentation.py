@@ -24,9 +24,9 @@ def iou(prediction: np.ndarray, reference: np.ndarray) -> float:
 
 
 def volume_error_ml(prediction: np.ndarray, reference: np.ndarray, voxel_ml: float) -> float:
-    """Predicted minus reference volume, ml; nan where both are empty."""
+    """Distance of the predicted from the reference volume, ml; nan where both are empty."""
     said, true = int(prediction.sum()), int(reference.sum())
-    return (said - true) * voxel_ml if said or true else float("nan")
+    return abs(said - true) * voxel_ml if said or true else float("nan")
 
 
 def _distance(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float], measure: Callable) -> float:
@@ -78,7 +78,7 @@ MEASURES = {
     "iou": ("higher", (0.0, 1.0)),
     "hausdorff95_mm": ("lower", (0.0, float("inf"))),
     "surface_distance_mm": ("lower", (0.0, float("inf"))),
-    "volume_error_ml": ("nearer to 0", (float("-inf"), float("inf"))),
+    "volume_error_ml": ("lower", (0.0, float("inf"))),
 }
 
 
