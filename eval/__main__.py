@@ -49,13 +49,17 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--score-only", action="store_true", help="score what was predicted; no model is loaded")
     suite.add_argument("--no-controls", action="store_true", help="without random weights")
     suite.add_argument("--pooled", action="store_true", help="also Dice over the voxels of all cases together")
+    rebuilt = command("reconstruct", "reconstruction of simulated acquisitions beside zero-filling, CG-SENSE, BART and sigpy")
+    rebuilt.add_argument("--coils", type=int, default=8)
+    rebuilt.add_argument("--accelerations", type=int, nargs="+", choices=(2, 4, 8, 12), default=(2, 4, 8, 12))
+    rebuilt.add_argument("--noise", choices=("low", "moderate", "high"), default="moderate")
     real = command("realism", "simulated studies against real scans")
     command("reading", "seconds to read a scan beside other readers")
     command("speed", "seconds of report metrics beside pycocoevalcap's")
     drawn = command("picture", "the picture in the README")
-    for sub in (suite, real, drawn):
+    for sub in (suite, rebuilt, real, drawn):
         sub.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
-    for sub in (suite, real):
+    for sub in (suite, rebuilt, real):
         sub.add_argument("--maps", type=Path, metavar="DIR", help="folder of label maps")
         sub.add_argument(
             "--scans", type=Path, action="append", default=[], metavar="DIR", help="folder that eval/scans.tsv is about; may be repeated"
@@ -126,11 +130,21 @@ def run(args: argparse.Namespace) -> None:
 
             print(picture(assistant, out)["text"])
             return
-        from .realism import markdown, measure_realism
         from .reports import to_json, write_atomic
 
         if not args.maps or not args.scans:
             raise ValueError("expected --maps and --scans")
+        if args.command == "reconstruct":
+            from . import reconstruct
+
+            setting = {"coils": args.coils, "noise": args.noise, "accelerations": args.accelerations}
+            results = reconstruct.benchmark(assistant, scans=args.scans, maps=args.maps, **setting)
+            write_atomic(out / "results.json", to_json(results))
+            write_atomic(out / "results.md", reconstruct.markdown(results))
+            print(reconstruct.markdown(results))
+            return
+        from .realism import markdown, measure_realism
+
         results = {"checkpoint_sha256": assistant.digest, **measure_realism(assistant, args.maps, args.scans)}
         write_atomic(out / "results.json", to_json(results))
         write_atomic(out / "results.md", markdown(results))

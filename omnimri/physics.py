@@ -89,3 +89,31 @@ def estimate_coils(kspace: Tensor, centre: int = 24) -> Tensor:
     window[(h - ch) // 2 : (h - ch) // 2 + ch, (w - cw) // 2 : (w - cw) // 2 + cw] = taper
     low = ifft2c(kspace * window)
     return low / low.abs().square().sum(-3, keepdim=True).sqrt().clamp(min=1e-8)
+
+
+def sense_adjoint(kspace: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
+    """Coil-combined image (N, H, W) of measured k-space (N, c, H, W) under a mask (N, H or 1, W)."""
+    return (ifft2c(kspace * mask[:, None]) * coils.conj()).sum(1)
+
+
+def sense_normal(image: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
+    """What measuring an image (N, H, W) and taking the adjoint gives."""
+    return sense_adjoint(fft2c(image[:, None] * coils), mask, coils)
+
+
+@torch.no_grad()
+def cg_sense(kspace: Tensor, mask: Tensor, coils: Tensor, *, weight: float, iterations: int) -> Tensor:
+    """CG-SENSE (Pruessmann et al., MRM 2001) with Tikhonov weight: image (N, H, W)."""
+    right = sense_adjoint(kspace, mask, coils)
+    image = torch.zeros_like(right)
+    residual, direction = right.clone(), right.clone()
+    norm = residual.abs().square().sum((1, 2), keepdim=True)
+    for _ in range(iterations):
+        moved = sense_normal(direction, mask, coils) + weight * direction
+        step = norm / (direction.conj() * moved).real.sum((1, 2), keepdim=True).clamp(min=1e-20)
+        image = image + step * direction
+        residual = residual - step * moved
+        new = residual.abs().square().sum((1, 2), keepdim=True)
+        direction = residual + new / norm.clamp(min=1e-20) * direction
+        norm = new
+    return image
