@@ -244,7 +244,7 @@ def reports_table(seen: Sequence[tuple[str, str, str, str | None, str]]) -> Tabl
 class Reconstructions:
     """Images from undersampled k-space."""
 
-    WEIGHTS = (0.001, 0.005, 0.02)
+    WEIGHTS = (0.0001, 0.0003, 0.001, 0.003, 0.01)
     """Of the wavelet norm; the first cases choose."""
     CHOOSING = 3
 
