@@ -129,7 +129,8 @@ def write(table: dict[str, dict[str, Estimate]], cases: Sequence[Trial], metrics
         (
             f"{len({t.report for t in cases})} reports written by hand, {len(cases)} errors; edit lengths are equal in {same}, "
             f"mean {np.mean([t.lengths[0] for t in cases]):.1f} and {np.mean([t.lengths[1] for t in cases]):.1f} words. "
-            "Share ranked right (a tie is wrong) with its 95 % interval by report. Research use only."
+            "Share ranked right (a tie is wrong) with its 95 % interval by report. The rules of the fact score were widened on what they "
+            "missed in these reports. Research use only."
         ),
         "",
         f"| metric | better | {' | '.join(f'{e} (n = {next(iter(table.values()))[e].n})' for e in (*ERRORS, 'all'))} |",
