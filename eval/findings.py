@@ -54,6 +54,7 @@ class Lesions:
         self.present: list[tuple[bool, dict[str, float]]] = []
         self.present_patients: list[str] = []
         self.confidence: list[tuple[bool, float]] = []
+        self.confidence_patients: list[str] = []
         self.sides: list[bool] = []
 
     def see(self, s: Scored) -> None:
@@ -86,6 +87,7 @@ class Lesions:
         true = truth.astype(bool)
         ranks, sizes = rank_components(torch.from_numpy(np.ascontiguousarray(masks[predict.MODEL])))
         for rank, f in zip(range(1, len(sizes) + 1), findings, strict=False):
+            self.confidence_patients.append(s.case.patient)
             self.confidence.append((bool(true[(ranks == rank).numpy()].any()), f["confidence"]))
 
     def table(self, figures: Path) -> Table:
@@ -119,11 +121,12 @@ class Lesions:
             t.add("side of the largest finding", "k of n right", "higher", {predict.MODEL: of(sum(self.sides), len(self.sides))})
         if self.confidence:
             right, sure = (np.array(x) for x in zip(*self.confidence, strict=True))
+            error = figure_estimate(lambda i: expected_calibration_error(right[i], sure[i]), self.confidence_patients)
             t.add(
-                "confidence of findings",
+                "confidence of findings, right where they touch a true lesion",
                 "expected calibration error",
                 "lower",
-                {predict.MODEL: Estimate(expected_calibration_error(right, sure), float("nan"), float("nan"), len(right))},
+                {predict.MODEL: error},
             )
             figures.mkdir(parents=True, exist_ok=True)
             draw_reliability(right, sure, figures / f"{self.suite}-reliability.png", f"{self.suite}: findings")
@@ -188,9 +191,10 @@ def numbers_agree(told: dict[str, Any], labels: np.ndarray, s: Scored) -> tuple[
 
 
 class Honesty:
-    """What is said against what is there, in every case of every suite."""
+    """What a system says against what is there, in every case of every suite that it was asked about."""
 
-    def __init__(self) -> None:
+    def __init__(self, system: str) -> None:
+        self.system = system
         self.grounded: list[tuple[float, float]] = []
         self.grounded_patients: list[str] = []
         self.numbers = [0, 0]
@@ -209,7 +213,9 @@ class Honesty:
 
     def see(self, s: Scored) -> None:
         """Look at one case."""
-        told = s.told[predict.MODEL]
+        if self.system not in s.told:
+            return
+        told = s.told[self.system]
         if s.case.suite == "refused":
             if "refused" in told:
                 self.refused.append((s.case.name, f"refused when read: {told['refused'][:120]}"))
@@ -218,9 +224,9 @@ class Honesty:
                 inside = told["report"]["scope"]["in_scope"]
                 self.refused.append((s.case.name, "ANSWERED" if inside else "abstained"))
             return
-        if predict.MODEL not in s.labels:
+        if self.system not in s.labels:
             return
-        report, labels = told["report"], s.labels[predict.MODEL]
+        report, labels = told["report"], s.labels[self.system]
         self.scope.append((False, report["scope"]["score"]))
         self.abstained[1] += 1
         self.abstained[0] += not report["scope"]["in_scope"]
@@ -260,36 +266,36 @@ class Honesty:
         for k, what in enumerate(("touches a true lesion", "lies in true lesions with half of it or more")):
             if self.grounded:
                 values = mean_estimate([g[k] for g in self.grounded], self.grounded_patients)
-                t.add(f"findings whose mask {what}", "share", "higher", {predict.MODEL: values})
+                t.add(f"findings whose mask {what}", "share", "higher", {self.system: values})
         t.add(
             "measured numbers in reports that are their masks' (so by construction)",
             "k of n",
             "higher",
-            {predict.MODEL: of(*self.numbers)},
+            {self.system: of(*self.numbers)},
         )
         if self.false_findings:
             t.add(
                 "false findings a normal scan",
                 "mean",
                 "lower",
-                {predict.MODEL: mean_estimate(self.false_findings, self.normal_patients)},
+                {self.system: mean_estimate(self.false_findings, self.normal_patients)},
                 (0.0, float("inf")),
             )
-        t.add('"no lesion" said of a study with one', "k of n", "lower", {predict.MODEL: of(*self.denied)})
+        t.add('"no lesion" said of a study with one', "k of n", "lower", {self.system: of(*self.denied)})
         if self.abstained[1]:
-            t.add("brain scans that are refused", "k of n", "lower", {predict.MODEL: of(*self.abstained)})
+            t.add("brain scans that are refused", "k of n", "lower", {self.system: of(*self.abstained)})
         for name, (right, total) in self.facts.items():
             if total:
-                t.add(name, "k of n right", "higher", {predict.MODEL: of(right, total)})
+                t.add(name, "k of n right", "higher", {self.system: of(right, total)})
         if self.refused:
             kept = sum("ANSWERED" not in what for _, what in self.refused)
-            t.add("images that are no brain MRI: refused or abstained", "k of n", "higher", {predict.MODEL: of(kept, len(self.refused))})
+            t.add("images that are no brain MRI: refused or abstained", "k of n", "higher", {self.system: of(kept, len(self.refused))})
             labels, scores = (np.array(x) for x in zip(*self.scope, strict=True))
             t.add(
                 "scope score, no brain MRI against brain",
                 "AUROC (DeLong)",
                 "higher",
-                {predict.MODEL: Estimate(*auroc(labels, scores), len(labels))},
+                {self.system: Estimate(*auroc(labels, scores), len(labels))},
             )
             t.notes += [f"{name}: {what}" for name, what in self.refused]
         t.notes += self.sequences

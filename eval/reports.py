@@ -15,7 +15,7 @@ import numpy as np
 
 from .metrics.embedding import Encoder
 from .metrics.extraction import extract
-from .metrics.facts import by_kind, count, plainly
+from .metrics.facts import by_kind, count, fact_f1, plainly
 from .metrics.metric import Metric, mean_of, mean_score
 from .metrics.ngram import sacrebleu_signatures
 from .metrics.report import METRICS
@@ -195,7 +195,12 @@ def score(texts: Texts, metrics: Sequence[Metric], *, draws: int = DRAWS, seed: 
         if m.statistics not in kept:
             kept[m.statistics] = m.statistics(texts.predictions, texts.references)
         rows[m.name] = _row(m, estimate(m, kept[m.statistics], texts.patients, draws=draws, seed=seed))
-    facts = by_kind(count(plainly(extract(p)), plainly(extract(r[0]))) for p, r in zip(texts.predictions, texts.references, strict=True))
+    counts = [count(plainly(extract(p)), plainly(extract(r[0]))) for p, r in zip(texts.predictions, texts.references, strict=True)]
+    facts: dict[str, dict[str, float]] = by_kind(counts)
+    for kind, told in facts.items():
+        table = np.array([[sum(c.values()) if kind == "all" else c[kind] for c in of_text] for of_text in counts], dtype=float)
+        e = estimate(Metric(kind, "", METRICS["fact F1"].statistics, fact_f1), table, texts.patients, draws=draws, seed=seed)
+        told |= {"low": e.low, "high": e.high, "n": e.n}
     return {
         "n": len(texts.ids),
         "patients": len(set(texts.patients)) if texts.patients else None,
@@ -271,11 +276,18 @@ def report_markdown(results: dict[str, Any]) -> str:
         "",
         "## Facts by kind (against the first reference)",
         "",
-        "| kind | precision | recall | F1 | said | true |",
-        "|---|---|---|---|---|---|",
+        "| kind | precision | recall | F1 | 95 % interval | n | said | true |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {k} | {_cell(v['precision'])} | {_cell(v['recall'])} | {_cell(v['f1'])} | {v['said']} | {v['true']} |"
+        row(
+            k,
+            *(_cell(v[x]) for x in ("precision", "recall", "f1")),
+            f"{_cell(v['low'])} to {_cell(v['high'])}",
+            v["n"],
+            v["said"],
+            v["true"],
+        )
         for k, v in results["facts"].items()
     ]
     return "\n".join(lines) + "\n"

@@ -63,6 +63,15 @@ class Table:
         )
 
 
+def beside(tables: Sequence[Table]) -> Table:
+    """The first table with the columns of the others added to its rows; its notes are its own."""
+    first, *others = tables
+    for row in first.rows:
+        for other in others:
+            row["values"] |= next((r["values"] for r in other.rows if r["what"] == row["what"]), {})
+    return first
+
+
 @dataclass(frozen=True)
 class Scored:
     """One case with what the systems said of it."""

@@ -21,7 +21,7 @@ from .cases import Case
 from .findings import Honesty, Lesions
 from .metrics.segmentation import dice
 from .reports import NOTICE, to_json, write_atomic
-from .scoring import Reconstructions, Scored, Structures, Table, Tissue, load, reports_table
+from .scoring import Reconstructions, Scored, Structures, Table, Tissue, beside, load, reports_table
 
 VERSION = 2
 """Of the suites: figures of different versions are not compared."""
@@ -98,7 +98,8 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
     """Tables of all suites among the cases; cases that cannot be scored are listed."""
     tables: list[Table] = []
     failures: list[str] = []
-    honesty, seconds, figures = Honesty(), {"segment": [], "report": []}, out / "figures"
+    honesty = [Honesty(predict.MODEL), *([Honesty(predict.RANDOM)] if controls else [])]
+    seconds, figures = {"segment": [], "report": []}, out / "figures"
     peak = 0.0
     for suite in dict.fromkeys(c.suite for c in cases):
         structures, tissue, lesions, images = Structures(suite, pooled=pooled), Tissue(suite), Lesions(suite), Reconstructions()
@@ -106,7 +107,7 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
         for case in (c for c in cases if c.suite == suite):
             try:
                 s = load(case, out, systems_of(case, controls=controls)) if suite != "refused" else load_refused(case, out)
-                for table in (structures, tissue, lesions, honesty):
+                for table in (structures, tissue, lesions, *honesty):
                     table.see(s)
                 images.see(s, out)
             except ValueError as error:
@@ -134,7 +135,7 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
             ranked.sort(key=lambda r: r[0])
             chosen = {ranked[k][1].name: (name, ranked[k][1]) for name, k in (("best", -1), ("median", len(ranked) // 2), ("worst", 0))}
             draw({f"{name}: {c.name}": load(c, out, [predict.MODEL]) for name, c in reversed(chosen.values())}, figures / f"{suite}.png")
-    tables.append(honesty.table())
+    tables.append(beside([h.table() for h in honesty]))
     return {
         "cases": len(cases),
         "failures": failures,

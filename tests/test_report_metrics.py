@@ -244,6 +244,7 @@ def test_report_and_compare_commands(tmp_path, capsys):
     assert results["patients"] == 2
     assert results["metrics"][scorer]["value"] == 1
     assert set(METRICS) <= set(results["metrics"])
+    assert results["facts"]["all"]["low"] <= results["facts"]["all"]["f1"] <= results["facts"]["all"]["high"]
     text = (tmp_path / "out" / "results.md").read_text()
     assert "tok:13a" in text
     assert "no --encoder FOLDER was given" in text

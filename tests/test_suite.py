@@ -156,7 +156,7 @@ def test_honesty_counts_what_is_denied_and_numbers_that_are_no_masks():
     lesions[5:10, 5:10, 4:6] = True
     said = np.where(lesions, 25, 0)
     s = seen_as(np.zeros(lesions.shape, np.int32), said, lesions=lesions, lesion=True, plane="axial", sequence="T1w")
-    honesty = findings.Honesty()
+    honesty = findings.Honesty(predict.MODEL)
     honesty.see(s)
     assert honesty.denied == [1, 1]
     assert honesty.facts["plane"] == [1, 1]

@@ -173,12 +173,13 @@ def fact_statistics(predictions: Sequence[str], references: Sequence[Sequence[st
     return np.array(rows, dtype=float).reshape(len(predictions), 5)
 
 
-def _f1(s: np.ndarray) -> np.ndarray:
+def fact_f1(s: np.ndarray) -> np.ndarray:
+    """F1 from summed facts right, said and true (..., 3 or more)."""
     return ratio(2 * s[..., 0], s[..., 1] + s[..., 2], otherwise=1.0)
 
 
 FACT_METRICS: tuple[Metric, ...] = (
-    Metric("fact F1", "facts of a report by rules, pooled: F1", fact_statistics, _f1),
+    Metric("fact F1", "facts of a report by rules, pooled: F1", fact_statistics, fact_f1),
     Metric(
         "fact precision",
         "share of the facts said that the reference has",
