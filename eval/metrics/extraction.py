@@ -106,7 +106,7 @@ def extract_sentence(text: str) -> Facts:
     sizes = [Mention("size", m[0], m.start(), m.end()) for m in SIZE.finditer(rest)]
     volumes = [Mention("volume", m[1], m.start(), m.end()) for m in VOLUME.finditer(rest)]
     rest = blank(rest, sizes + volumes)
-    early = [m for m in matches("signal", rest) if m.name in ("non-enhancing",) or "diffusion" not in rest[m.start : m.end + 12].lower()]
+    early = [m for m in matches("signal", rest) if m.name == "non-enhancing" or "diffusion" not in rest[m.start : m.end + 12].lower()]
     findings = matches("finding", rest)
     signals = [m for m in early if not any(f.start < m.end and m.start < f.end for f in findings)]
     # "ring-enhancing" and the like are told of another finding; a lone "high signal" is a finding itself.
@@ -177,7 +177,7 @@ def extract_sentence(text: str) -> Facts:
         if not f.found.get("dropped"):
             within = matches("severity", text[f.start : f.end])
             out += _finished(f, within[0].name if within else f.found.get("severity"))
-    if structures or len(text) > 2000:
+    if structures:
         out = [f for f in out if f.type != REFERRED]
     return Facts(
         tuple(dict.fromkeys(s.name for s in sequences)),
