@@ -255,6 +255,8 @@ def markdown(results: dict[str, Any]) -> str:
             "weights chosen on Colin27; seconds include coil maps."
         ),
         "",
+        f"Weights: {', '.join(f'{k} {v:g}' for k, v in results['weights'].items() if v)}.",
+        "",
     ]
     for group in dict.fromkeys(r["group"] for r in results["rows"]):
         lines += [f"## {group}", "", row("acceleration", "method", *MEASURES, "seconds", "n"), row(*["---"] * (len(MEASURES) + 4))]
@@ -262,7 +264,7 @@ def markdown(results: dict[str, Any]) -> str:
             for method in dict.fromkeys(r["method"] for r in results["rows"]):
                 some = [r for r in results["rows"] if (r["group"], r["acceleration"], r["method"]) == (group, acceleration, method)]
                 found = [mean_estimate([r[m] for r in some], [r["patient"] for r in some]) for m in MEASURES]
-                cells = [f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]" for e in found]
+                cells = [f"{e.value:.3g}" + ("" if np.isnan(e.low) else f" [{e.low:.3g}, {e.high:.3g}]") for e in found]
                 lines.append(row(f"{acceleration}x", method, *cells, f"{np.median([r['seconds'] for r in some]):.2f}", len(some)))
         lines.append("")
     return "\n".join(lines)
