@@ -122,7 +122,8 @@ def load_mask(path: Path, study: Study) -> np.ndarray:
     return array
 
 
-def _template() -> tuple[Study, Truth]:
+def template() -> tuple[Study, Truth]:
+    """The MNI152 2009 template that nilearn carries, with its tissue maps at one half."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 
     image = load_mni152_template(resolution=1)
@@ -140,7 +141,7 @@ def _scan(row: dict[str, str], folders: Sequence[Path]) -> tuple[Study, Truth]:
         tuple(filter(None, row["lobes"].split(","))),
     )
     if row["path"] == "nilearn:":
-        study, known = _template()
+        study, known = template()
         return study, replace(told, grey=known.grey, white=known.white)
     study, _ = load_any(_find(row["path"], folders))
     if row["truth"]:

@@ -25,10 +25,9 @@ from omnimri.anatomy import SEQUENCES, STRUCTURES
 from omnimri.assistant import Assistant
 from omnimri.example import Record, normalise
 from omnimri.grid import Grid
-from omnimri.io import study_of
 from omnimri.volume import Study
 
-from .cases import SCANS, load_any, to_structures
+from .cases import SCANS, load_any, template, to_structures
 
 SIDE = 96
 """Pixels a side that the classifier sees."""
@@ -58,11 +57,7 @@ def real_scans(folders: Sequence[Path]) -> list[Case]:
     with SCANS.open() as f:
         for row in csv.DictReader(f, delimiter="\t"):
             if row["path"] == "nilearn:":
-                from nilearn.datasets import load_mni152_template
-
-                image = load_mni152_template(resolution=1)
-                study = study_of(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine), oriented=True)
-                found.append(Case(row["name"], row["sequence"], study, None))
+                found.append(Case(row["name"], row["sequence"], template()[0], None))
                 continue
             folder = next((f for f in folders if (f / row["path"]).exists()), None)
             if folder is not None:

@@ -14,10 +14,10 @@ import numpy as np
 from omnimri.anatomy import CLASS_OF_LABEL, STRUCTURES
 from omnimri.assistant import Assistant
 from omnimri.grid import closest_axes
-from omnimri.volume import Volume
+from omnimri.volume import Study, Volume
 
 from . import predict
-from .cases import Case
+from .cases import Case, Truth, template
 from .findings import Honesty, Lesions
 from .metrics.segmentation import dice
 from .reports import NOTICE, to_json, write_atomic
@@ -107,12 +107,12 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
         for case in (c for c in cases if c.suite == suite):
             try:
                 s = load(case, out, systems_of(case, controls=controls)) if suite != "refused" else load_refused(case, out)
-                for table in (structures, tissue, lesions, *honesty):
-                    table.see(s)
-                images.see(s, out)
-            except ValueError as error:
-                failures.append(f"{case.name}: {error}")
+            except Exception as error:  # a case that cannot be read is listed and does not stop the rest
+                failures.append(f"{case.name}: {error if isinstance(error, ValueError) else type(error).__name__}")
                 continue
+            for table in (structures, tissue, lesions, *honesty):
+                table.see(s)
+            images.see(s, out)
             told = s.told[predict.MODEL]
             if "report" in told and suite != "refused":
                 seconds["segment"].append(told["seconds"]["segment"])
@@ -147,10 +147,6 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
 
 def load_refused(case: Case, out: Path) -> Scored:
     """A case whose file may be refused: its truth is that it is no brain MRI."""
-    from omnimri.volume import Study
-
-    from .cases import Truth
-
     told, _ = predict.read(out, predict.MODEL, case)
     if "failed" in told:
         raise ValueError(told["failed"])
@@ -294,9 +290,7 @@ def picture(assistant: Assistant, out: Path) -> dict[str, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .cases import _template
-
-    study, _ = _template()
+    study, _ = template()
     answer = assistant.answer(study, "Write a report.", task="report")
     labels = assistant.segment(study).labels
     assert labels is not None

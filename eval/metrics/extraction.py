@@ -27,6 +27,7 @@ from .mentions import (
     WORSE,
     Mention,
     blank,
+    contrasts_of,
     doubt,
     matches,
     millimetres,
@@ -327,44 +328,6 @@ def _attach(text: str, rest: str, inside: dict[str, list[Mention]], earlier: lis
         for g, value in f.found.pop("signals", []):
             f.found.setdefault("signal", []).extend((c, value) for c in contrasts_of(g, value, text, rest, inside["sequence"]))
     _share(text, findings)
-
-
-def contrasts_of(g: Mention, value: str, text: str, rest: str, sequences: list[Mention]) -> list[str]:
-    """The sequences that a signal is told on; one empty name where none is."""
-    if value in ("enhancing", "non-enhancing"):
-        given = [s.name for s in sequences if s.name == "T1w-Gd"]
-        return given[:1] or [""]
-    before = [s for s in sequences if s.end <= g.start]
-    near: list[str] = []
-    if before and re.fullmatch(r"[\s/-]*(?:signal )?", rest[before[-1].end : g.start].replace("_", "")):
-        near = [before[-1].name]
-        for a, b in zip(reversed(before[:-1]), reversed(before[1:]), strict=True):
-            if re.fullmatch(r" ?(?:/|and|-) ?", rest[a.end : b.start]):
-                near.append(a.name)
-            else:
-                break
-        return near[::-1]
-    after = [s for s in sequences if s.start >= g.end]
-    if after and re.match(
-        r"[- ]?(?:\w+ ){0,3}(?:on|in|at) (?:the |both |axial |coronal |sagittal )*$", rest[g.end : after[0].start].replace("_", "") or "!"
-    ):
-        near = [after[0].name]
-        for a, b in pairwise(after):
-            if re.fullmatch(
-                r"(?:,|,? ?and|/|,? ?or|as well as|) ?(?:on |in |the )*(?:images |sequences )?(?:and ?)?", rest[a.end : b.start].strip()
-            ):
-                near.append(b.name)
-            else:
-                break
-        return near
-    if after and re.fullmatch(r" ?(?:signal )?(?:on )?", rest[g.end : after[0].start]):
-        return [after[0].name]
-    led = [
-        s
-        for s in before
-        if re.search(r"(?:\bon|\bin|^)\s*(?:the |axial |coronal |sagittal |transverse )*$", text[: s.start], re.IGNORECASE)
-    ]
-    return [led[-1].name] if led and len({s.name for s in sequences}) == 1 else [""]
 
 
 def _share(text: str, findings: list[Mention]) -> None:
