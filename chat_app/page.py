@@ -25,7 +25,7 @@ from omnimri.assistant import Assistant
 
 from .session import REQUESTS, Session
 
-FILE_TYPES = [".nii", ".gz", ".mgh", ".mgz", ".nrrd", ".mha", ".mnc", ".h5", ".hdf5", ".dcm", ".ima", ".zip", ".png", ".jpg", ".jpeg"]
+FILE_TYPES = [".npy", ".nii", ".gz", ".mgh", ".mgz", ".nrrd", ".mha", ".mnc", ".h5", ".hdf5", ".dcm", ".ima", ".zip", ".png", ".jpg", ".jpeg"]
 MAX_SESSIONS = 8
 IDLE_SECONDS = 3600
 HEAD = f"""# OmniMRI
@@ -72,8 +72,9 @@ def build(assistant: Assistant) -> gr.Blocks:
     """The page."""
     sessions = Sessions(assistant)
 
-    def view_of(session: Session, plane: str, index: int, overlay: bool) -> Any:
-        return session.view(plane, int(index) - 1, overlay=overlay)
+    def view_of(session: Session, plane: str, index: int, overlay: bool) -> tuple:
+        both = session.before_after(plane, int(index) - 1)
+        return session.view(plane, int(index) - 1, overlay=overlay), gr.update(value=both, visible=both is not None)
 
     def legend_of(session: Session) -> str:
         chips = (f'<span style="display:inline-block;margin:2px 8px 2px 0"><span style="display:inline-block;width:12px;'
@@ -84,7 +85,7 @@ def build(assistant: Assistant) -> gr.Blocks:
     def refresh(session: Session, plane: str, overlay: bool) -> tuple:
         index = session.best_slice(plane) + 1
         slider = gr.update(minimum=1, maximum=max(2, session.slices(plane)), value=index)
-        return slider, view_of(session, plane, index, overlay), legend_of(session)
+        return slider, *view_of(session, plane, index, overlay), legend_of(session)
 
     def open_file(key: str, path: str | None, plane: str, overlay: bool) -> tuple:
         session = sessions.of(key)
@@ -108,7 +109,8 @@ def build(assistant: Assistant) -> gr.Blocks:
         session = sessions.of(key)
         chat = [*chat, {"role": "user", "content": question}, {"role": "assistant", "content": "Looking at the study …"}]
         keep = gr.update()
-        yield chat, "", keep, keep, keep, keep
+        waiting = (keep,) * 5
+        yield chat, "", *waiting
         pieces: queue.Queue = queue.Queue()
         stopped = threading.Event()
 
@@ -130,11 +132,11 @@ def build(assistant: Assistant) -> gr.Blocks:
                 kind, value = pieces.get()
                 if kind == "text":
                     chat[-1]["content"] = value or "…"
-                    yield chat, "", keep, keep, keep, keep
+                    yield chat, "", *waiting
                     continue
                 if kind == "error":
                     chat[-1]["content"] = value
-                    yield chat, "", keep, keep, keep, keep
+                    yield chat, "", *waiting
                     return
                 break
         finally:
@@ -142,7 +144,7 @@ def build(assistant: Assistant) -> gr.Blocks:
         chat[-1]["content"] = answer_markdown(value)
         yield (chat, "", *refresh(session, plane, overlay), session.export())
 
-    def show(key: str, plane: str, index: int, overlay: bool) -> Any:
+    def show(key: str, plane: str, index: int, overlay: bool) -> tuple:
         return view_of(sessions.of(key), plane, index, overlay)
 
     def turn(key: str, plane: str, overlay: bool) -> tuple:
@@ -159,7 +161,7 @@ def build(assistant: Assistant) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=5):
                 with gr.Row():
-                    upload = gr.File(label="MRI: NIfTI, DICOM zip, NRRD, MGH, k-space .h5 ...", file_types=FILE_TYPES, height=110)
+                    upload = gr.File(label="MRI: NIfTI, DICOM zip, NRRD, MGH, k-space .h5 or .npy ...", file_types=FILE_TYPES, height=110)
                     with gr.Column(min_width=120):
                         example = gr.Button("Load the example scan")
                         clear = gr.Button("Forget this study")
@@ -169,6 +171,8 @@ def build(assistant: Assistant) -> gr.Blocks:
                     overlay = gr.Checkbox(True, label="Overlay")
                 index = gr.Slider(1, 2, value=1, step=1, label="Slice")
                 image = gr.Image(label="Slice", type="numpy", format="png", interactive=False, height=512, buttons=[])
+                compare = gr.ImageSlider(label="Zero-filled (left) against reconstructed (right)", type="numpy", format="png",
+                                         interactive=False, height=512, visible=False, buttons=[])
                 legend = gr.HTML(label="Legend")
             with gr.Column(scale=4):
                 chat = gr.Chatbot(label="Conversation", height=560, buttons=["copy"])
@@ -179,11 +183,11 @@ def build(assistant: Assistant) -> gr.Blocks:
                     send = gr.Button("Ask", variant="primary")
                     stop = gr.Button("Stop")
                 files = gr.File(label="Download: masks, report, JSON", file_count="multiple", interactive=False)
-        opened = [understood, chat, index, image, legend, files]
+        opened = [understood, chat, index, image, compare, legend, files]
         upload.upload(open_file, [key, upload, plane, overlay], opened, show_progress="full")
         example.click(open_example, [key, plane, overlay], opened)
         clear.click(forget, [key, plane, overlay], opened)
-        answered = [chat, question, index, image, legend, files]
+        answered = [chat, question, index, image, compare, legend, files]
         inputs = [key, question, chat, plane, overlay]
         running = [question.submit(ask, inputs, answered), send.click(ask, inputs, answered)]
         for name, (words, task) in REQUESTS.items():
@@ -193,9 +197,9 @@ def build(assistant: Assistant) -> gr.Blocks:
 
             running.append(buttons[name].click(request, [key, chat, plane, overlay], answered, api_name=task))
         stop.click(None, None, None, cancels=running)
-        index.change(show, [key, plane, index, overlay], image, show_progress="hidden")
-        overlay.change(show, [key, plane, index, overlay], image, show_progress="hidden")
-        plane.change(turn, [key, plane, overlay], [index, image, legend], show_progress="hidden")
+        index.change(show, [key, plane, index, overlay], [image, compare], show_progress="hidden")
+        overlay.change(show, [key, plane, index, overlay], [image, compare], show_progress="hidden")
+        plane.change(turn, [key, plane, overlay], [index, image, compare, legend], show_progress="hidden")
         gr.Markdown(f"{NOTICE} Independent implementation of ideas from arXiv 2508.17524.")
     return page
 

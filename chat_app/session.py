@@ -20,6 +20,7 @@ from omnimri.cli import markdown, write_answer
 from omnimri.conversation import Message
 from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground
 from omnimri.io import open_study, warm
+from omnimri.reconstruction import Reconstruction
 from omnimri.volume import Study, Volume
 
 VIEW_PIXELS = 512
@@ -61,6 +62,7 @@ class Session:
         self.history: list[Message] = []
         self.answer: Answer | None = None
         self.labels: torch.Tensor | None = None
+        self.reconstruction: Reconstruction | None = None
 
     def load(self, path: str | Path) -> str:
         """Open a study and tell what was understood.
@@ -78,7 +80,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget the study and everything said about it."""
-        self.study = self.shown = self.answer = self.labels = None
+        self.study = self.shown = self.answer = self.labels = self.reconstruction = None
         self.history = []
         self.assistant.forget()
         for path in self.folder.iterdir():
@@ -117,8 +119,9 @@ class Session:
         answer = self.assistant.answer(self.study, question, history=self.history, task=task, on_text=on_text)
         self.history += [Message("user", question), Message("assistant", answer.raw)]
         self.answer = answer
-        if answer.image is not None and answer.affine is not None:
-            self.shown = Volume(answer.image[None], answer.affine, oriented=False, name="reconstruction")
+        if answer.reconstruction is not None:
+            self.reconstruction = answer.reconstruction
+            self.shown = answer.reconstruction.image
             self.study = replace(self.study, volumes=(self.shown,))
         if answer.labels is not None and bool(answer.labels.any()):
             self.labels = answer.labels
@@ -156,17 +159,26 @@ class Session:
         middle = int(areas.argmax()) if where is lesion else int(torch.nonzero(areas > areas.max() / 4).float().mean())
         return self.shown.shape[axis] - 1 - middle if float(self.shown.affine[NORMAL[plane], axis]) < 0 else middle
 
-    def view(self, plane: str, index: int, *, overlay: bool = True) -> np.ndarray:
+    def before_after(self, plane: str, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The slice of the zero-filled and of the reconstructed image; None where nothing was reconstructed."""
+        if self.reconstruction is None:
+            return None
+        return self.view(plane, index, overlay=False, voxels=self.reconstruction.zero_filled.voxels[0]), self.view(plane, index, overlay=False)
+
+    def view(self, plane: str, index: int, *, overlay: bool = True, voxels: torch.Tensor | None = None) -> np.ndarray:
         """One slice as (H, W, 3) uint8, radiological, square pixels, with the patient's sides lettered.
 
         Slices count from inferior, posterior or left.
+
+        Args:
+            voxels: Shown instead of the study's, on its lattice and in its window.
         """
         from PIL import Image, ImageDraw
 
         if self.shown is None:
             return np.zeros((VIEW_PIXELS, VIEW_PIXELS, 3), dtype=np.uint8)
         axes = closest_axes(self.shown.affine)
-        image = self._cut(self.shown.voxels[0], plane, index)
+        image = self._cut(self.shown.voxels[0] if voxels is None else voxels, plane, index)
         fore = self.shown.voxels[0][foreground(self.shown)]
         low, high = torch.quantile(fore.flatten()[:: max(1, fore.numel() // 200_000)], torch.tensor([0.005, 0.995])).tolist()
         grey = ((image.float() - min(low, 0)) / max(high - min(low, 0), 1e-9)).clamp(0, 1)

@@ -181,22 +181,23 @@ def simulate_kspace(g: torch.Generator, image: Tensor, *, size: int, variation: 
     small = small / small.max().clamp(min=1e-6)
     phase = F.interpolate(torch.randn(1, 1, 3, 3, generator=g), size=(size, size), mode="bicubic", align_corners=True)[0, 0]
     ramp = torch.linspace(-1, 1, size) * uniform(g, -2, 2)
-    number = pick(g, (1, 4, 6, 8, 16, 32), (0.05, 0.15, 0.3, 0.3, 0.15, 0.05))
+    number = pick(g, (1, 4, 6, 8, 16, 32), (0.05, 0.15, 0.15, 0.45, 0.18, 0.02))
     coils = gaussian_coils(number, size, size, g)
-    object_c = torch.polar(small, phase + ramp[:, None])[None] * coils
+    object_c = torch.polar(small, phase * uniform(g, 0, 2) + ramp[:, None])[None] * coils
     mixing = torch.eye(number) + uniform(g, 0.0, 0.3) * torch.randn(number, number, generator=g) / number**0.5
-    sigma = math.exp(uniform(g, math.log(0.001), math.log(0.03)))
+    sigma = math.exp(uniform(g, math.log(0.001), math.log(0.035)))
     oversampled = uniform(g, 0, 1) < 0.7 * variation
     full = fft2c(F.pad(object_c, (0, 0, size // 2, size - size // 2)) if oversampled else object_c)
     noise = torch.complex(*torch.randn(2, *full.shape, generator=g))
     full = full + sigma * torch.einsum("ab,bhw->ahw", mixing.to(noise.dtype), noise)
     if oversampled:
         full = fft2c(ifft2c(full)[:, size // 2 : size // 2 + size])
-    if uniform(g, 0, 1) < 0.5:
-        mask = line_mask(size, uniform(g, 2.0, 6.0), g)
+    if uniform(g, 0, 1) < 0.7:
+        acceleration = math.exp(uniform(g, math.log(2), math.log(12)))
+        mask = line_mask(size, acceleration, g, min(uniform(g, 0.03, 0.16), uniform(g, 0.25, 0.6) / acceleration))
     else:
-        every = pick(g, (2, 3, 4, 6))
-        centre = max(4, round(size * uniform(g, 0.06, 0.12)))
+        every = pick(g, (2, 3, 4, 6, 8))
+        centre = max(6, round(size * uniform(g, 0.04, 0.12)))
         mask = (torch.arange(size) + int(torch.randint(every, (), generator=g))) % every == 0
         mask[(size - centre) // 2 : (size - centre) // 2 + centre] = True
     if uniform(g, 0, 1) < 0.15 * variation:

@@ -43,10 +43,10 @@ class Phantom(Recipe):
     tasks = ("segment", "detect", "reconstruct", "report")
 
     def __init__(
-        self, *, image_size: int = 96, num_slices: int = 4, mirror: bool = True, with_kspace: bool = True, device: str = "cpu"
+        self, *, image_size: int = 96, num_slices: int = 4, mirror: bool = True, kspace_size: int = 96, device: str = "cpu"
     ) -> None:
         self.image_size, self.num_slices, self.mirror = image_size, num_slices, mirror
-        self.with_kspace, self.device = with_kspace, torch.device(device)
+        self.kspace_size, self.device = kspace_size, torch.device(device)
 
     def record(self, seed: int, index: int) -> Record:
         """One study of one analytic head."""
@@ -69,7 +69,7 @@ class Phantom(Recipe):
             return torch.stack([head_codes((points + o.to(points.device).view(3, 1, 1, 1)).movedim(0, -1), jitter) for o in offsets])
 
         found = scan_record(g, scan, lookup, brain_box=box, ventricles=None, size=self.image_size, num_samples=1,
-                            with_kspace=self.with_kspace, device=self.device)
+                            kspace_size=self.kspace_size, device=self.device)
         return describe(found, g)
 
 

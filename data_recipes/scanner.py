@@ -200,7 +200,7 @@ def scan_record(
     ventricles: Tensor | None,
     size: int,
     num_samples: int,
-    with_kspace: bool,
+    kspace_size: int,
     device: torch.device,
 ) -> Record:
     """Acquire one study: everything but its text."""
@@ -277,8 +277,11 @@ def scan_record(
         lesion_kinds=told,
         lesion_lobes=lobes,
     )
-    if with_kspace:
-        record = replace(record, kspace=simulate_kspace(g, own[len(own) // 2], size=min(96, size), variation=scan.variation))
+    if kspace_size:
+        plane = slice(int(middle[len(middle) // 2]), int(middle[len(middle) // 2]) + 1)
+        still = replace(quality, noise=0.0, motion=(), ghost=0.0, spike=0.0, wrap=0)
+        clean = acquire(g, codes[:, plane], mean, texture, still, pixel_mm=scan.spacing_mm[1], planes=along[plane], stripped=scan.stripped)
+        record = replace(record, kspace=simulate_kspace(g, clean[0], size=min(kspace_size, size), variation=scan.variation))
     return record
 
 

@@ -37,7 +37,7 @@ class Synthetic(Recipe):
         image_size: int = 192,
         num_slices: int = 8,
         mirror: bool = True,
-        with_kspace: bool = True,
+        kspace_size: int = 96,
         device: str = "cpu",
     ) -> None:
         """Read the label maps once.
@@ -50,7 +50,7 @@ class Synthetic(Recipe):
             ValueError: no such folder, or a map is missing or cannot be used.
         """
         self.image_size, self.num_slices, self.mirror = image_size, num_slices, mirror
-        self.with_kspace, self.device = with_kspace, torch.device(device)
+        self.kspace_size, self.device = kspace_size, torch.device(device)
         if not Path(folder).is_dir():
             raise ValueError(f"expected a folder of label maps, got {Path(folder).name!r} that is none; obtain: {self.obtain}")
         self.heads = [read_head(Path(folder) / f"training_seg_{n:02d}.nii.gz", self.device) for n in numbers]
@@ -64,7 +64,7 @@ class Synthetic(Recipe):
             scan = draw_scan(g, num_slices=self.num_slices, size=self.image_size, brain_box=box, head_centre=head.centre,
                              mirror=self.mirror)
             found = scan_record(g, scan, head.lookup, brain_box=box, ventricles=head.ventricles, size=self.image_size, num_samples=5,
-                                with_kspace=self.with_kspace, device=self.device)
+                                kspace_size=self.kspace_size, device=self.device)
             assert found.labels is not None
             if int((found.labels > 0).sum()) >= LEAST_BRAIN * self.image_size**2:
                 return describe(found, g, wide=True)

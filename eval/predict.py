@@ -127,7 +127,7 @@ def _answer(assistant: Assistant, study: Study, truth: Truth, told: dict[str, An
             write_nifti(folder / f"{name}.nii.gz", labels.to(torch.int32), study.primary.affine)
     if study.kspace is not None and truth.image is not None:
         tick = time.perf_counter()
-        image = assistant.reconstruct(study.kspace).voxels[0].permute(2, 1, 0).numpy()
+        image = assistant.reconstruct(study.kspace).image.voxels[0].permute(2, 1, 0).numpy()
         told["seconds"]["reconstruct"] = round(time.perf_counter() - tick, 2)
         np.save(folder / "reconstruction.npy", image)
 
@@ -194,7 +194,7 @@ def wavelet_reconstruction(study: Study, weight: float) -> np.ndarray | None:
     from omnimri.physics import estimate_coils
 
     assert study.kspace is not None
-    coils = estimate_coils(study.kspace.data).numpy()
+    coils = estimate_coils(study.kspace.data, study.kspace.mask[None]).numpy()
     return np.stack(
         [np.abs(L1WaveletRecon(k, c, weight, show_pbar=False).run()) for k, c in zip(study.kspace.data.numpy(), coils, strict=True)]
     )

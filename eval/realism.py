@@ -148,7 +148,7 @@ def train(slices: Tensor, classes: Tensor, *, seed: int, epochs: int = 12) -> Cl
 def simulate(maps: Path, numbers: range) -> tuple[Tensor, list[int], dict[str, dict[str, list[float]]]]:
     """Slices of simulated studies of named sequences, their classes, and contrasts by sequence."""
     torch.set_num_threads(1)
-    recipe = Synthetic(maps, numbers=TRAINING_MAPS, num_slices=4, with_kspace=False)
+    recipe = Synthetic(maps, numbers=TRAINING_MAPS, num_slices=4, kspace_size=0)
     ranges: dict[str, dict[str, list[float]]] = {s: defaultdict(list) for s in NAMED}
     slices, classes = [], []
     for i in numbers:

@@ -104,21 +104,19 @@ def acquire(image: np.ndarray, *, coils: int, acceleration: int, noise: float, s
 def _ours(assistant: Assistant) -> Method:
     def run(a: Acquired, _: float) -> np.ndarray:
         affine = torch.diag(torch.tensor([1.0, 1.0, 5.0, 1.0], dtype=torch.float64))
-        image = assistant.reconstruct(KSpace(a.kspace[None], a.mask, affine)).voxels[0, ..., 0].T.numpy()
-        assistant.forget()
-        return image
+        return assistant.reconstruct(KSpace(a.kspace[None], a.mask, affine)).image.voxels[0, ..., 0].T.numpy()
 
     return run
 
 
 def _zero_filled(a: Acquired, _: float) -> np.ndarray:
     data = a.kspace[None]
-    return sense_adjoint(data, a.mask[None], estimate_coils(data))[0].abs().numpy()
+    return sense_adjoint(data, a.mask[None], estimate_coils(data, a.mask[None]))[0].abs().numpy()
 
 
 def _cg_sense(a: Acquired, weight: float) -> np.ndarray:
     data = a.kspace[None]
-    return cg_sense(data, a.mask[None], estimate_coils(data), weight=weight, iterations=20)[0].abs().numpy()
+    return cg_sense(data, a.mask[None].float(), estimate_coils(data, a.mask[None]), weight=weight, iterations=20)[0].abs().numpy()
 
 
 def write_cfl(path: Path, array: np.ndarray) -> None:

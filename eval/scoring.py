@@ -264,15 +264,15 @@ class Reconstructions:
         """Collect every system's image of one case."""
         if s.study.kspace is None or s.truth.image is None:
             return
-        from omnimri.physics import estimate_coils, ifft2c
+        from omnimri.physics import estimate_coils, sense_adjoint
 
         found = {}
         for system in s.told:
             path = out / "predictions" / system / s.case.name / "reconstruction.npy"
             if path.exists():
                 found[system] = np.load(path, allow_pickle=False)
-        data = s.study.kspace.data
-        found[ZERO_FILLED] = (ifft2c(data) * estimate_coils(data).conj()).sum(1).abs().numpy()
+        data, mask = s.study.kspace.data, s.study.kspace.mask[None]
+        found[ZERO_FILLED] = sense_adjoint(data, mask, estimate_coils(data, mask)).abs().numpy()
         for weight in self.WEIGHTS:
             peer = predict.wavelet_reconstruction(s.study, weight)
             if peer is not None:

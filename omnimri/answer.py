@@ -12,6 +12,7 @@ from torch import Tensor
 from .anatomy import GROUPS, LESION, NAMES, groups_of, join
 from .examination import Examination, Lesion
 from .measure import signal_sentence, size_word
+from .reconstruction import Reconstruction
 
 NOTICE = "Research use only. Not a medical device."
 _PARAMETERS = {
@@ -87,8 +88,8 @@ class Answer:
     labels: Tensor | None = None
     """(X, Y, Z) int32 label map in the scan's own space: what the answer asked to be drawn, lesions included."""
     affine: Tensor | None = None
-    image: Tensor | None = None
-    """(X, Y, Z) float32: a reconstructed magnitude."""
+    reconstruction: Reconstruction | None = None
+    """What was made of k-space."""
     notice: str = field(default=NOTICE)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +105,8 @@ class Answer:
         }
         if self.structures:
             told["structures"] = [s.to_json() for s in self.structures]
+        if self.reconstruction is not None:
+            told["reconstruction"] = self.reconstruction.to_json()
         return told
 
 

@@ -31,8 +31,8 @@ from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
 from .example import LESION_CLASS, language_slices, named_class, segment_classes
 from .measure import measure
-from .physics import estimate_coils, ifft2c
-from .tasks import TASKS, Reconstruct
+from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
+from .tasks import TASKS
 from .tokens import digit_ids
 from .volume import KSpace, Study, Volume
 
@@ -42,6 +42,7 @@ MAX_HISTORY = 8
 KEPT_EXAMINATIONS = 2
 LEAST_VISIBLE = 25
 """Voxels of a mask from which on its structure may be called visible."""
+NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
 
@@ -84,19 +85,9 @@ class Assistant:
         """Drop everything kept of any study."""
         self._seen.clear()
 
-    @torch.inference_mode()
-    def reconstruct(self, kspace: KSpace) -> Volume:
-        """Reconstruct k-space to a magnitude volume; the query comes from a look at the zero-filled image."""
-        coils = estimate_coils(kspace.data)
-        zero_filled = (ifft2c(kspace.data) * coils.conj()).sum(1)
-        first = Volume(Reconstruct().read(zero_filled)[None], kspace.affine, oriented=False, name="zero-filled")
-        state = self.examine(first).reconstruct_state
-        mask = kspace.mask.expand(len(kspace.data), *kspace.mask.shape)
-        parts = [
-            self.model.heads["reconstruct"](state.expand(len(k), -1), k, m, c)
-            for k, m, c in zip(kspace.data.split(4), mask.split(4), coils.split(4), strict=True)
-        ]
-        return Volume(Reconstruct().read(torch.cat(parts))[None], kspace.affine, oriented=False, name="reconstruction")
+    def reconstruct(self, kspace: KSpace, *, coils: str = "learned") -> Reconstruction:
+        """Reconstruct k-space (`omnimri.reconstruction.reconstruct`)."""
+        return reconstruct(self.model, kspace, coils=coils)
 
     @torch.inference_mode()
     def segment(self, study: Study, structures: str = "all") -> Answer:
@@ -142,13 +133,28 @@ class Assistant:
         if task is not None and task not in TASKS:
             raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
         with self._lock:
-            if not study.volumes:
-                assert study.kspace is not None
-                image = self.reconstruct(study.kspace)
-                rebuilt = replace(study, volumes=(image,))
-                told = self._speak(rebuilt, question, history, task, on_text, beams)
-                return replace(told, image=image.voxels[0], affine=image.affine)
+            asked, rest = asks_to_reconstruct(question)
+            asked = asked or task == "reconstruct"
+            if study.kspace is not None and (asked or not study.volumes):
+                return self._rebuild(study, rest, history, None if asked else task, on_text, beams)
+            if asked:
+                seen = self.examine(study.primary)
+                return self._answer(study, seen, NO_RAW_DATA, "text", torch.zeros_like(seen.labels), ())
             return self._speak(study, question, history, task, on_text, beams)
+
+    def _rebuild(self, study: Study, rest: str, history: Sequence[Message], task: str | None,
+                 on_text: Callable[[str], bool] | None, beams: int) -> Answer:
+        """Reconstruct, and answer what else is asked on the image."""
+        assert study.kspace is not None
+        found = self.reconstruct(study.kspace)
+        rebuilt = replace(study, volumes=(found.image,), warnings=(*study.warnings, *found.warnings))
+        if rest:
+            hear = None if on_text is None else lambda text: on_text(f"{found.sentence()} {text}")
+            told = self._speak(rebuilt, rest, history, task, hear, beams)
+        else:
+            seen = self.examine(found.image)
+            told = self._answer(rebuilt, seen, "", "reconstruct", torch.zeros_like(seen.labels), (), raw="<reconstruct>")
+        return replace(told, text=f"{found.sentence()} {told.text}".strip(), reconstruction=found)
 
     def _speak(
         self,

@@ -7,14 +7,16 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .answer import Answer
     from .assistant import Assistant
+    from .reconstruction import Reconstruction
 
+COILS = ("learned", "espirit")
 NOTICE = "Research use only. Not a medical device."
 SHORT = {"repetition_time_ms": "TR", "echo_time_ms": "TE", "inversion_time_ms": "TI", "flip_angle_deg": "flip", "field_strength_tesla": "T",
          "b_value_s_per_mm2": "b"}
@@ -81,9 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", required=True, metavar="DIR")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     reconstruct = command("reconstruct", run_reconstruct, "Reconstruct k-space to a magnitude image.")
-    reconstruct.add_argument("study", metavar="KSPACE", help="HDF5 of fastMRI or ISMRMRD")
+    reconstruct.add_argument("study", metavar="KSPACE", help="HDF5 of fastMRI or ISMRMRD, complex NIfTI, .npy, or BART's .cfl")
     reconstruct.set_defaults(series=None)
-    reconstruct.add_argument("--out", required=True, metavar="recon.nii.gz")
+    reconstruct.add_argument("--out", required=True, metavar="recon.nii.gz", help="the residuals and the uncertainty are written beside it")
+    reconstruct.add_argument("--mask", metavar="mask.npy", help="sampled lines or samples (default: the file's, else what is not zero)")
+    reconstruct.add_argument("--axes", metavar="slices,coils,height,width", help="order of a .npy's axes; width is phase-encoded")
+    reconstruct.add_argument("--coils", default="learned", metavar="learned|espirit|coils.npy", help="sensitivities")
+    reconstruct.add_argument("--json", action="store_true", help="print one JSON object")
     for entry in entry_points(group="omnimri.commands"):
         sub = commands.add_parser(entry.name, help="Start the chat page on this machine.", add_help=False)
         sub.set_defaults(entry=entry)
@@ -108,7 +114,14 @@ def _assistant(args: Any) -> Assistant:
 def _open(args: Any) -> Any:
     from .io import open_study
 
-    study = open_study(args.study, series=args.series.split(",") if args.series else None)
+    given = {"axes": getattr(args, "axes", None)}
+    for name in ("mask", "coils"):
+        path = getattr(args, name, None)
+        if path and path not in COILS:
+            if not Path(path).is_file():
+                raise ValueError(f"expected a file of {name} (.npy), found none at the given path; check its spelling")
+            given[name] = str(Path(path).resolve())
+    study = open_study(args.study, series=args.series.split(",") if args.series else None, kspace=given)
     for warning in study.warnings:
         print(f"omnimri: warning: {warning}", file=sys.stderr)
     return study
@@ -185,15 +198,30 @@ def run_report(args: Any) -> None:
 
 def run_reconstruct(args: Any) -> None:
     """Omnimri reconstruct."""
-    from .io.nifti import write_nifti
-
     _check_output(args.out)
     study = _open(args)
     if study.kspace is None:
-        raise ValueError("expected raw k-space (.h5), got an image; there is nothing to reconstruct")
-    image = _assistant(args).reconstruct(study.kspace)
-    write_nifti(args.out, image.voxels[0], image.affine)
-    print(f"reconstructed {' x '.join(map(str, image.shape))} voxels. {NOTICE}")
+        raise ValueError("expected raw k-space, got an image; there is nothing to reconstruct")
+    assistant = _assistant(args)
+    found = assistant.reconstruct(study.kspace, coils=args.coils if args.coils in COILS else "learned")
+    told = write_reconstruction(found, Path(args.out), {"name": assistant.name, "checkpoint_sha256": assistant.digest}, study.warnings)
+    for warning in found.warnings:
+        print(f"omnimri: warning: {warning}", file=sys.stderr)
+    print(json.dumps(told) if args.json else f"{found.sentence()}\n{NOTICE}")
+
+
+def write_reconstruction(found: Reconstruction, path: Path, model: Mapping[str, str], warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the magnitude, and beside it the uncertainty (`_uncertainty`) and the residuals (`.json`), which are returned."""
+    from .io.nifti import write_nifti
+
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    name = path.name.removesuffix(suffix)
+    told = found.to_json()
+    told |= {"warnings": [*warnings, *told["warnings"]], "model": dict(model), "notice": NOTICE}
+    write_nifti(path, found.image.voxels[0], found.image.affine)
+    write_nifti(path.with_name(f"{name}_uncertainty{suffix}"), found.spread.voxels[0], found.spread.affine)
+    write_text(path.with_name(f"{name}.json"), json.dumps(told, indent=1) + "\n")
+    return told
 
 
 def _check_output(name: str) -> None:
@@ -251,8 +279,8 @@ def write_answer(answer: Answer, folder: Path) -> None:
     write_text(folder / "answer.md", markdown(answer))
     if answer.labels is not None and bool(answer.labels.any()):
         write_labels(answer, folder / "labels.nii.gz")
-    if answer.image is not None and answer.affine is not None:
-        write_nifti(folder / "reconstruction.nii.gz", answer.image, answer.affine)
+    if answer.reconstruction is not None:
+        write_reconstruction(answer.reconstruction, folder / "reconstruction.nii.gz", answer.model)
 
 
 def markdown(answer: Answer) -> str:

@@ -70,10 +70,10 @@ QUERY_NAMES = (*NAMES, LESION)
 
 def query_messages() -> tuple[Message, Message]:
     """The exchange whose hidden states are the study's standing queries: one `<segment>` for each of `QUERY_NAMES`,
-    then `<detect>` and `<reconstruct>`.
+    then `<detect>`.
     """
     named = " ".join(f"{name} <segment>" for name in QUERY_NAMES)
-    return Message("user", QUERY_REQUEST), Message("assistant", f"{named} <detect> <reconstruct>")
+    return Message("user", QUERY_REQUEST), Message("assistant", f"{named} <detect>")
 
 
 def sequence_messages(sequence: str) -> tuple[Message, Message]:

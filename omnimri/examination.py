@@ -74,8 +74,6 @@ class Examination:
     """(1, tokens, E)"""
     evidence: Tensor
     """(1, N, E)"""
-    reconstruct_state: Tensor
-    """(1, E) hidden state at `<reconstruct>`."""
     labels: Tensor
     """(X, Y, Z) int32 FreeSurfer labels of structures, no lesions."""
     lesion_ranks: Tensor
@@ -186,7 +184,6 @@ def examine(
         plane=plane_of(volume)[1],
         visual=visual,
         evidence=evidence,
-        reconstruct_state=states["<reconstruct>"],
         labels=labels,
         lesion_ranks=ranks,
         lesions=lesions,
@@ -306,7 +303,7 @@ def _query_states(
     )
     ids = torch.tensor([rendered.ids])
     hidden = model(input_ids=ids, visual=visual, logits_to_keep=1).hidden_states[0]
-    return {t: model.hidden_at(ids, hidden, t)[1] for t in ("<segment>", "<detect>", "<reconstruct>")}
+    return {t: model.hidden_at(ids, hidden, t)[1] for t in ("<segment>", "<detect>")}
 
 
 def _decode(model: OmniMRI, example: Example, detect_state: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,28 +67,18 @@ def line_mask(width: int, acceleration: float, generator: torch.Generator, centr
 
 
 def gaussian_coils(num_coils: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(coils, H, W) complex64 sensitivities: smooth lobes on a ring with slow phase, unit root-sum-of-squares."""
+    """(coils, H, W) complex64 sensitivities: smooth lobes on a ring, no two arrays alike, with slow phase, unit root-sum-of-squares."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    angle = 2 * torch.pi * (torch.arange(num_coils) + torch.rand((), generator=generator)) / num_coils
-    cy, cx = 1.2 * torch.sin(angle), 1.2 * torch.cos(angle)
-    lobe = torch.exp(-((y[None] - cy[:, None, None]) ** 2 + (x[None] - cx[:, None, None]) ** 2) / 1.5)
-    a, b, c = (torch.rand(num_coils, 3, generator=generator) * 2 - 1).T
-    phase = torch.pi * (a[:, None, None] * y + b[:, None, None] * x + c[:, None, None])
-    coils = torch.polar(lobe, phase)
-    return coils / coils.abs().square().sum(0, keepdim=True).sqrt()
-
-
-def estimate_coils(kspace: Tensor, centre: int = 24) -> Tensor:
-    """Sensitivities of (S, coils, H, W) k-space from its fully sampled centre: low-resolution images over their
-    root-sum-of-squares (McKenzie et al., MRM 2002).
-    """
-    *_, h, w = kspace.shape
-    window = torch.zeros(h, w)
-    ch, cw = min(centre, h), min(centre, w)
-    taper = torch.hann_window(ch + 2, periodic=False)[1:-1, None] * torch.hann_window(cw + 2, periodic=False)[None, 1:-1]
-    window[(h - ch) // 2 : (h - ch) // 2 + ch, (w - cw) // 2 : (w - cw) // 2 + cw] = taper
-    low = ifft2c(kspace * window)
-    return low / low.abs().square().sum(-3, keepdim=True).sqrt().clamp(min=1e-8)
+    turn, ring, reach = torch.rand(3, generator=generator).tolist()
+    angle = 2 * torch.pi * (torch.arange(num_coils) + turn + 0.15 * torch.randn(num_coils, generator=generator)) / num_coils
+    away = 0.95 + 0.5 * ring + 0.08 * torch.randn(num_coils, generator=generator)
+    cy, cx = away * torch.sin(angle), away * torch.cos(angle)
+    size = (0.4 + 1.4 * reach) * torch.exp(0.15 * torch.randn(num_coils, 1, 1, generator=generator))
+    lobe = torch.exp(-((y[None] - cy[:, None, None]) ** 2 + (x[None] - cx[:, None, None]) ** 2) / size)
+    waves = torch.stack([y, x, torch.ones_like(x), x * y, x * x, y * y])
+    a = torch.pi * (torch.rand(num_coils, 6, generator=generator) * 2 - 1) * torch.tensor([1.0, 1, 1, 0.4, 0.4, 0.4])
+    coils = torch.polar(lobe, torch.einsum("cw,whv->chv", a, waves))
+    return coils / coils.abs().square().sum(0, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def sense_adjoint(kspace: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
@@ -97,8 +87,13 @@ def sense_adjoint(kspace: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
 
 
 def sense_normal(image: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
-    """What measuring an image (N, H, W) and taking the adjoint gives."""
-    return sense_adjoint(fft2c(image[:, None] * coils), mask, coils)
+    """What measuring an image (N, H, W) and taking the adjoint gives; whole lines need one transform along W alone.
+
+    The shifts of centred transforms are phases in k-space, which a mask leaves alone: only the mask is shifted.
+    """
+    axes = (-1,) if mask.shape[-2] == 1 else (-2, -1)
+    keep = torch.fft.ifftshift(mask, dim=axes)[:, None]
+    return (torch.fft.ifftn(torch.fft.fftn(image[:, None] * coils, dim=axes) * keep, dim=axes) * coils.conj()).sum(1)
 
 
 @torch.no_grad()
@@ -117,3 +112,57 @@ def cg_sense(kspace: Tensor, mask: Tensor, coils: Tensor, *, weight: float, iter
         direction = residual + new / norm.clamp(min=1e-20) * direction
         norm = new
     return image
+
+
+def calibration_size(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns (N,) around the middle of masks (N, H or 1, W) that are sampled without a gap."""
+    n, h, w = mask.shape
+    across = _run(mask[:, h // 2])
+    return (torch.full_like(across, 1 << 20) if h == 1 else _run(mask[:, :, w // 2])), across
+
+
+def _run(line: Tensor) -> Tensor:
+    """(N,) length of the sampled stretch around the middle of (N, L)."""
+    middle = line.shape[-1] // 2
+    below, above = line[:, :middle].flip(-1).long().cumprod(-1).sum(-1), line[:, middle:].long().cumprod(-1).sum(-1)
+    return 2 * torch.minimum(below, above)
+
+
+def calibration_images(kspace: Tensor, mask: Tensor, *, grid: int = 32, most: int = 24) -> Tensor:
+    """Low-resolution coil images (N, c, grid, grid) of the middle of k-space (N, c, H, W) that is sampled without a gap.
+
+    Their pixels lie as those of the full image made smaller, corners at corners.
+    """
+    *_, h, w = kspace.shape
+    axes = []
+    for size, run in zip((h, w), calibration_size(mask), strict=True):
+        u = (torch.arange(grid, device=kspace.device) - grid // 2)[None]
+        half = run.clamp(2, min(most, size))[:, None] / 2
+        taper = torch.where(u.abs() <= half, 0.5 + 0.5 * torch.cos(torch.pi * u / (half + 1)), 0.0)
+        # Sample 0 of a centred transform lies at pixel 0; that of a smaller image at the middle of its larger pixel.
+        axes.append(torch.polar(taper, 2 * torch.pi * u * (0.5 / grid - 0.5 / size)))
+    crop = kspace.new_zeros(*kspace.shape[:2], grid, grid)
+    rows, columns = min(h, grid), min(w, grid)
+    (a, b), (c, d) = ((grid // 2 - n // 2, size // 2 - n // 2) for n, size in ((rows, h), (columns, w)))
+    crop[..., a : a + rows, c : c + columns] = kspace[..., b : b + rows, d : d + columns]
+    return ifft2c(crop * axes[0][:, None, :, None] * axes[1][:, None, None, :])
+
+
+def resize_complex(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, c, h, w) complex -> (N, c, *size) by bicubic interpolation of both parts."""
+    parts = torch.view_as_real(x).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    large = torch.nn.functional.interpolate(parts, size=size, mode="bicubic", align_corners=False)
+    return torch.view_as_complex(large.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2).contiguous())
+
+
+def unit_coils(coils: Tensor) -> Tensor:
+    """Maps (N, c, H, W) with root-sum-of-squares 1."""
+    return coils / coils.abs().square().sum(1, keepdim=True).sqrt().clamp(min=1e-8)
+
+
+def estimate_coils(kspace: Tensor, mask: Tensor) -> Tensor:
+    """Sensitivities (N, c, H, W) of k-space from its fully sampled middle: low-resolution images over their
+    root-sum-of-squares (McKenzie et al., MRM 2002).
+    """
+    low = calibration_images(kspace, mask)
+    return unit_coils(resize_complex(unit_coils(low), kspace.shape[-2:]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,7 +78,28 @@ class KSpace:
     mask: Tensor
     """(H, W) bool, sampled positions, or (1, W) for whole lines."""
     affine: Tensor
-    """(4, 4) float64 of the reconstructed magnitude (W, H, S), RAS+ mm."""
+    """(4, 4) float64 of the reconstructed magnitude (W, H, S), cropped where `crop` says so, RAS+ mm."""
+    oriented: bool = False
+    """Whether the file tells sides."""
+    coils: Tensor | None = None
+    """(S, coils, H, W) complex64 sensitivities, where they are given."""
+    noise: float | None = None
+    """Root mean square of a sample's noise where it was measured, the same for every coil and independent between them."""
+    crop: tuple[int, int] | None = None
+    """Rows and columns around the middle that the scanner would show."""
+    num_slices: int = 0
+    """Of the whole file, of which `data` are the first; 0: all are here."""
+    rest: Callable[[int], KSpace] | None = None
+    """Reads the slices from a number on, as many as fit."""
+
+    def slabs(self) -> Iterator[KSpace]:
+        """These slices, and those of the file that did not fit beside them."""
+        slab, done = self, len(self.data)
+        yield slab
+        while self.rest is not None and done < self.num_slices:
+            slab = self.rest(done)
+            done += len(slab.data)
+            yield slab
 
 
 @dataclass(frozen=True)

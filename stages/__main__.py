@@ -14,7 +14,7 @@ from typing import Any
 from . import STAGES
 
 DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
-             "mask_share": float, "word_share": float}
+             "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int, "num_cascades": int, "cascade_width": int}
 RATE = "learning_rate."
 """`--set learning_rate.GLOB=RATE` goes before the stage's own rates; 0 freezes."""
 
@@ -24,12 +24,13 @@ def build_recipe(name: str, data: str | None, model_size: int, settings: dict[st
     from data_recipes import Phantom, Synthetic
 
     slices = {"num_slices": settings["num_slices"]} if "num_slices" in settings else {}
+    size = settings.get("kspace_size", 96) if kspace else 0
     if name == "phantom":
-        return Phantom(image_size=model_size, with_kspace=kspace, mirror=kspace, **slices)
+        return Phantom(image_size=model_size, kspace_size=size, mirror=kspace, **slices)
     if name == "synthetic":
         if not data:
             raise ValueError("recipe synthetic needs --data, the folder of label maps (or OMNIMRI_DATA)")
-        return Synthetic(data, numbers=numbers, image_size=model_size, with_kspace=kspace, mirror=kspace, **slices)
+        return Synthetic(data, numbers=numbers, image_size=model_size, kspace_size=size, mirror=kspace, **slices)
     raise ValueError(f"unknown recipe {name!r}; expected phantom or synthetic")
 
 
@@ -40,7 +41,7 @@ def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
     from omnimri.conversation import QUERY_REQUEST, card, query_messages
     from omnimri.tokens import train_tokenizer
 
-    source = Phantom(image_size=48, num_slices=4, with_kspace=False)
+    source = Phantom(image_size=48, num_slices=4, kspace_size=0)
     texts = [n for n in NAMES for _ in range(30)] + [f"{card('axial', None, ())} {QUERY_REQUEST} user assistant"] * 50
     texts += [query_messages()[1].text]
     for i in range(records):
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         if source_of_weights is not None:
             tokenizer = load_tokenizer(source_of_weights)
             config = OmniMRIConfig.from_pretrained(str(source_of_weights))
+            for key in ("num_cascades", "cascade_width"):
+                setattr(config, key, settings.get(key, getattr(config, key)))
             lora, config.lora_rank = config.lora_rank, 0
             model = OmniMRI(config)
             if lora:
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         values = {**stage.DEFAULTS, **{k: v for k, v in settings.items() if k in types}}
         fit_config = FitConfig(learning_rate=rates | {k: v for k, v in stage.LEARNING_RATE.items() if k not in rates}, **values)
         training, validation = source(TRAINING_MAPS), source(CHOOSING_MAPS) if name == "synthetic" else None
-        extra = {k: settings[k] for k in ("mask_share", "word_share") if k in settings}
+        extra = {k: settings[k] for k in ("mask_share", "word_share", "image_share") if k in settings}
         if extra and not stage.NEEDS_KSPACE:
             raise ValueError(f"stage {args.stage} has no {' or '.join(extra)}; only pretrain and instruct have")
         objective = stage.build(model, fit_config.steps, **extra)

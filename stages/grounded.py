@@ -23,7 +23,7 @@ from omnimri.tasks.segment import UNKNOWN
 from .engine import Objective, Term
 
 WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.5, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
-           "box": 0.05, "reconstruct": 0.5}
+           "box": 0.05, "reconstruct": 0.5, "spread": 0.05, "coils": 0.25}
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count)."""
@@ -63,8 +63,12 @@ class DialogueSource:
         return collate(examples, pad_id=self.tokenizer.pad_token_id)
 
 
+GIVEN_COILS = 0.1
+"""Share of the reconstructions whose sensitivities are given."""
+
+
 class GroundedDialogue(Objective):
-    """Next tokens, masks, boxes and reconstruction over a batch. Some steps train masks alone and some words alone: they
+    """Next tokens, masks, boxes and reconstruction over a batch. Some steps train masks, words or reconstruction alone: they
     are cheaper, and want many images and many conversations.
 
     Masks teach the pixel features and a learned table of queries. The language model's own queries meet the same features
@@ -72,25 +76,28 @@ class GroundedDialogue(Objective):
     long before masks could.
     """
 
-    def __init__(self, model: OmniMRI, *, mask_share: float = 0.0, word_share: float = 0.0) -> None:
+    def __init__(self, model: OmniMRI, *, mask_share: float = 0.0, word_share: float = 0.0, image_share: float = 0.0) -> None:
         """Take a model.
 
         Args:
             mask_share: Share of the steps that train masks alone, against the table.
             word_share: Share of the steps that train words alone.
+            image_share: Share of the steps that train reconstruction alone.
 
         Raises:
-            ValueError: no step is left for boxes and reconstruction.
+            ValueError: no step is left for boxes.
         """
         super().__init__()
-        if mask_share + word_share >= 1:
-            raise ValueError(f"expected mask_share + word_share below 1, got {mask_share} + {word_share}")
-        self.model, self.mask_share, self.word_share = model, mask_share, word_share
+        if mask_share + word_share + image_share >= 1:
+            raise ValueError(f"expected mask_share + word_share + image_share below 1, got {mask_share} + {word_share} + {image_share}")
+        self.model, self.mask_share, self.word_share, self.image_share = model, mask_share, word_share, image_share
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Loss terms of this step's tasks; what takes no part gets no gradient, and the optimizer leaves it as it is."""
         phase, draw = int(torch.randint(4, ())), float(torch.rand(()))
         masks, words = True, True
+        if self.training and draw >= 1 - self.image_share:
+            return self.terms(self.reconstruct(batch))
         if self.training:
             words = draw >= self.mask_share
             masks = not self.mask_share <= draw < self.mask_share + self.word_share
@@ -99,7 +106,17 @@ class GroundedDialogue(Objective):
         if words:
             losses |= self.speak(batch, phase, seen) | {"sequence": self.name_sequence(batch)}
             losses |= self.ask(batch, phase, seen) if masks else self.stand(batch, seen, 1)[0]
+        return self.terms(losses)
+
+    def terms(self, losses: Losses) -> dict[str, Term]:
+        """Weighted."""
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> Losses:
+        """What becomes of k-space."""
+        given = batch["coils"] if float(torch.rand(())) < GIVEN_COILS else None
+        image = self.model.heads["reconstruct"](batch["kspace"], batch["kspace_mask"], given)
+        return Reconstruct().loss(image, Reconstruct().target(batch))
 
     def see(self, batch: dict[str, Tensor], phase: int, masks: bool) -> dict[str, Any]:
         """Patch and pixel features, language tokens of the image, and mask logits against the table.
@@ -142,7 +159,7 @@ class GroundedDialogue(Objective):
         ids = batch["query_ids"][:first]
         mask, visual = batch["query_mask"][:first], seen["visual"][:first]
         out = self.model(input_ids=ids, attention_mask=mask, visual=visual, logits_to_keep=1)
-        states = {t: self.model.hidden_at(ids, out.hidden_states[0], t)[1] for t in ("<segment>", "<detect>", "<reconstruct>")}
+        states = {t: self.model.hidden_at(ids, out.hidden_states[0], t)[1] for t in ("<segment>", "<detect>")}
         queries = self.model.heads["segment"].queries(states["<segment>"].view(first, LESION_CLASS, -1))
         classes = torch.arange(1, LESION_CLASS + 1, device=ids.device).repeat(first)
         _, named, spoken = seen["spoken"]
@@ -155,7 +172,7 @@ class GroundedDialogue(Objective):
         return Report().loss(told.logits, batch["sequence_labels"])["text"]
 
     def ask(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any], swap: float = 0.5) -> Losses:
-        """What the standing exchange drives: masks of its queries, boxes and reconstruction.
+        """What the standing exchange drives: masks of its queries and boxes; and reconstruction.
 
         Args:
             swap: Share of the queries spoken in answers that stand in for the standing query of their class.
@@ -171,13 +188,12 @@ class GroundedDialogue(Objective):
         queries = states["queries"].index_put((study, named - 1), spoken.to(states["queries"].dtype))
         seen["asked"] = self.model.heads["segment"].logits(queries, seen["feature"].detach())
         boxes = self.model.heads["detect"](states["<detect>"], seen["pixels"].coarse)
-        image = self.model.heads["reconstruct"](states["<reconstruct>"], batch["kspace"], batch["kspace_mask"], batch["coils"])
-        segment, detect, reconstruct = Segment(), Detect(), Reconstruct()
+        segment, detect = Segment(), Detect()
         return {
             **losses,
             **{f"asked_{k}": v for k, v in segment.loss(seen["asked"], segment.target(batch, phase)).items()},
             **detect.loss(boxes, detect.target(batch)),
-            **reconstruct.loss(image, reconstruct.target(batch)),
+            **self.reconstruct(batch),
         }
 
     def match(self, queries: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         source = resolve(args.run)
         model, tokenizer, _ = load_model(source)
         model.merge_lora()
-        size = {"image_size": model.config.image_size, "with_kspace": False, "num_slices": model.config.max_slices}
+        size = {"image_size": model.config.image_size, "kspace_size": 0, "num_slices": model.config.max_slices}
         if args.data:
             training: Any = Synthetic(args.data, numbers=TRAINING_MAPS, **size)
             held_out: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size)

@@ -81,7 +81,7 @@ def phantom() -> Phantom:
 @pytest.fixture(scope="session")
 def scan() -> Volume:
     """A phantom head as an oblique, anisotropic volume in scanner units."""
-    record = Phantom(image_size=64, num_slices=12, with_kspace=False).record(3, 5)
+    record = Phantom(image_size=64, num_slices=12, kspace_size=0).record(3, 5)
     volume = record_volume(record)
     angle = 0.1
     turn = torch.eye(4, dtype=torch.float64)

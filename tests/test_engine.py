@@ -32,7 +32,7 @@ def run(stage_name, config, tokenizer, out, *, workers, steps=4, shares=None, **
     stage = importlib.import_module(STAGES[stage_name])
     torch.manual_seed(0)
     model = OmniMRI(copy.deepcopy(config))
-    recipe = Phantom(image_size=64, num_slices=3, with_kspace=stage.NEEDS_KSPACE)
+    recipe = Phantom(image_size=64, num_slices=3, kspace_size=96 * stage.NEEDS_KSPACE)
     source = stage.Source(Mixture({recipe: 1.0}, seed=5), tokenizer, model)
     settings = FitConfig(steps=steps, learning_rate=stage.LEARNING_RATE, batch_size=2, warmup=1, save_every=2, keep=3,
                          validate_every=100, validate_batches=1, workers=workers, seed=5)

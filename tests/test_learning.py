@@ -136,7 +136,7 @@ def reply(model, tokenizer, record, ask):
 
 
 def test_stage_1_raises_the_linear_probe(runs):
-    source = Phantom(image_size=SIZE, num_slices=SLICES, with_kspace=False)
+    source = Phantom(image_size=SIZE, num_slices=SLICES, kspace_size=0)
     records = [source.record(999, i) for i in range(288)]
     assert probe_dice(runs / "vision", records) > probe_dice(runs / "random", records) + 0.01
 

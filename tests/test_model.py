@@ -158,11 +158,14 @@ def test_full_sampling_returns_exactly_at_any_size(model):
         head = model.heads["reconstruct"]
         for cascade in head.cascades:
             torch.nn.init.normal_(cascade.last.weight, std=0.1)
-        hidden = torch.randn(1, model.config.text_config.hidden_size, generator=g)
-        said = head(hidden, kspace, torch.ones(1, 1, w, dtype=torch.bool), maps[None])
-        assert float((said[0] - image).abs().max()) < 1e-5
-        under = head(hidden, kspace, line_mask(w, 4.0, g)[None, None], maps[None])
-        assert float((under[0] - image).abs().max()) > 1e-3
+        everything, some = torch.ones(1, 1, w, dtype=torch.bool), line_mask(w, 4.0, g)[None, None]
+        for given in (maps[None], None):
+            said = head(kspace, everything, given)
+            assert float((said.image[0].abs() - image.abs()).abs().max()) < 1e-5
+            assert float(said.spread.abs().max()) == 0
+            under = head(kspace * some[:, None], some, given)
+            assert float((under.image[0].abs() - image.abs()).abs().max()) > 1e-3
+            assert float(under.spread.min()) > 0
     assert torch.allclose(ifft2c(fft2c(image)), image, atol=1e-6)
 
 

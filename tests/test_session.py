@@ -70,8 +70,13 @@ def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
                                           torch.diag(torch.tensor([3.0, 3, 3, 1])).double()))
     session.load(tmp_path / "k.h5")
     answer = session.ask("Reconstruct this.", task="reconstruct")
-    assert answer.image.shape == (64, 64, 4)
-    assert float(torch.corrcoef(torch.stack([answer.image[:, :, 1].T.flatten(), image.flatten()]))[0, 1]) > 0.9
+    made = answer.reconstruction.image.voxels[0]
+    assert made.shape == (64, 64, 4)
+    assert float(torch.corrcoef(torch.stack([made[:, :, 1].T.flatten(), image.flatten()]))[0, 1]) > 0.9
+    before, after = session.before_after("axial", 1)
+    assert before.shape == after.shape
+    assert not np.array_equal(before, after)
+    assert np.array_equal(after, session.view("axial", 1, overlay=False))
     assert answer.task == "reconstruct"
     assert session.shown.shape == (64, 64, 4)
 

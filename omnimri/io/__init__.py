@@ -6,7 +6,7 @@ project's own come back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["open_study", "study_of", "warm"]
 
 
-def open_study(path: str | Path, *, series: Sequence[str] | None = None, time_s: float = TIME_S) -> Study:
+def open_study(
+    path: str | Path, *, series: Sequence[str] | None = None, kspace: Mapping[str, Any] | None = None, time_s: float = TIME_S
+) -> Study:
     """Read a file, folder or zip in any of the formats of `omnimri.io.intake`.
 
     Args:
         series: Names of series to use, as `omnimri info` prints them; None chooses.
+        kspace: How to read k-space: `axes`, paths of a `mask` and of `coils` (`omnimri.io.kspace.read_kspace`).
         time_s: Longest that decoding may take.
 
     Raises:
@@ -33,15 +36,24 @@ def open_study(path: str | Path, *, series: Sequence[str] | None = None, time_s:
     path = Path(path)
     if not path.exists():
         raise ValueError("expected a file or folder, found none at the given path; check its spelling")
-    child = take()
-    try:
-        return _study(child.ask({"path": str(path.resolve()), "series": list(series) if series else None}, time_s), child.arrays)
-    finally:
-        child.close()
+    request = {"path": str(path.resolve()), "series": list(series) if series else None, "kspace": dict(kspace or {})}
+
+    def ask(first: int) -> Study:
+        child = take()
+        try:
+            return _study(child.ask({**request, "kspace": {**request["kspace"], "first": first}}, time_s), child.arrays, ask)
+        finally:
+            child.close()
+
+    return ask(0)
 
 
-def _study(told: dict[str, Any], arrays: BinaryIO) -> Study:
-    """The study of a child's answer; its arrays are mapped, so that the file may be closed."""
+def _study(told: dict[str, Any], arrays: BinaryIO, ask: Callable[[int], Study]) -> Study:
+    """The study of a child's answer; its arrays are mapped, so that the file may be closed.
+
+    Args:
+        ask: Opens it again at a slice of its k-space.
+    """
     import numpy as np
     import torch
 
@@ -75,8 +87,12 @@ def _study(told: dict[str, Any], arrays: BinaryIO) -> Study:
     kspace = None
     if told["kspace"] is not None:
         warnings += told["kspace"]["warnings"]
-        data, mask = mapped(told["kspace"]["data"]), mapped(told["kspace"]["mask"])
-        kspace = KSpace(data, mask, torch.tensor(told["kspace"]["affine"], dtype=torch.float64))
+        raw = told["kspace"]
+        kspace = KSpace(
+            mapped(raw["data"]), mapped(raw["mask"]), torch.tensor(raw["affine"], dtype=torch.float64), oriented=raw["oriented"],
+            coils=raw["coils"] and mapped(raw["coils"]), noise=raw["noise"], crop=raw["crop"] and tuple(raw["crop"]),
+            num_slices=raw["slices"], rest=lambda first: ask(first).kspace,
+        )
     return Study(volumes=tuple(volumes), kspace=kspace, warnings=tuple(warnings), series=tuple(notes))
 
 

@@ -30,7 +30,7 @@ def answer(request: dict[str, Any], arrays: BinaryIO) -> dict[str, Any]:
     """Decode what a request asks for.
 
     Args:
-        request: `path`; `series`, names to decode (None: whatever is a plain image of the first patient).
+        request: `path`; `series`, names to decode (None: whatever is a plain image of the first patient); `kspace`, how to read it.
         arrays: The file that arrays lie in, one after the other; the answer tells where each begins, its shape, order and type.
     """
     import numpy as np
@@ -48,12 +48,11 @@ def answer(request: dict[str, Any], arrays: BinaryIO) -> dict[str, Any]:
 
     room = Path.cwd() / "unpacked"
     room.mkdir()
-    found = read(Path(request["path"]), room)
+    found = read(Path(request["path"]), room, request.get("kspace"))
     told: dict[str, Any] = {"series": [], "passed_over": found.passed_over, "kspace": None}
     if found.kspace is not None:
-        kspace = found.kspace
-        told["kspace"] = {"data": put(kspace["data"].astype(np.complex64)), "mask": put(kspace["mask"].astype(bool)),
-                          "affine": kspace["affine"].tolist(), "warnings": kspace["warnings"]}
+        told["kspace"] = {k: put(v) if isinstance(v, np.ndarray) and k != "affine" else v for k, v in found.kspace.items()}
+        told["kspace"]["affine"] = found.kspace["affine"].tolist()
     wanted, reasons = choose(found.series, request.get("series"))
     for k, series in enumerate(found.series):
         row: dict[str, Any] = {

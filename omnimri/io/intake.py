@@ -9,11 +9,12 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .dicom import read_dicom
 from .images import read_picture, read_with_itk
 from .kspace import read_kspace
-from .nifti import read_with_nibabel
+from .nifti import is_complex, read_with_nibabel
 from .series import MAX_FILE_BYTES, MAX_FILES, Contents, Series, UnusableError, decoding
 
 MAX_RATIO = 200
@@ -25,15 +26,16 @@ SUFFIX = {"NIfTI": ".nii", "Analyze": ".hdr", "MGH": ".mgh", "MINC": ".mnc", "PA
 """The name that each format's decoder expects."""
 PAIRS = {".hdr": ".img", ".par": ".rec"}
 """Formats in two files: header and voxels."""
-VOXEL_FILES = {".img", ".rec", ".raw", ".zraw"}
+VOXEL_FILES = {".img", ".rec", ".raw", ".zraw", ".cfl"}
 
 
-def read(path: Path, room: Path) -> Contents:
+def read(path: Path, room: Path, kspace: dict[str, Any] | None = None) -> Contents:
     """Everything under a path.
 
     Args:
         path: A file, a folder, or a zip archive.
         room: An empty folder for what has to be unpacked.
+        kspace: How k-space is to be read (`kspace.read_kspace`).
 
     Raises:
         UnusableError: nothing in it can be used, or it is hostile.
@@ -50,7 +52,7 @@ def read(path: Path, room: Path) -> Contents:
         raise UnusableError("expected a file or folder, found none at the given path; check its spelling")
     if not files:
         raise UnusableError("expected files of a study, got an empty folder or archive")
-    found = _read_files(files, room, whole)
+    found = _read_files(files, room, whole, kspace)
     if not found.series and found.kspace is None:
         told = "; ".join(found.passed_over[:8]) or "nothing that can be read"
         raise UnusableError(f"expected an MR image or k-space, got {told}")
@@ -79,7 +81,7 @@ def kind_of_file(path: Path) -> str:
 
 def _by_magic(b: bytes) -> str:
     marks = ((b"PK\x03\x04", "zip"), (b"PK\x05\x06", "zip"), (b"NRRD000", "NRRD"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"CDF\x01", "MINC"),
-             (b"CDF\x02", "MINC"), (b"\x89PNG\r\n", "PNG"), (b"\xff\xd8\xff", "JPEG"))
+             (b"CDF\x02", "MINC"), (b"\x89PNG\r\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"\x93NUMPY", "NumPy"), (b"# Dimensions", "BART"))
     for mark, kind in marks:
         if b.startswith(mark):
             return kind
@@ -99,7 +101,7 @@ def _by_magic(b: bytes) -> str:
     return "DICOM" if b[:4] in (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0") else "other"
 
 
-def _read_files(files: list[Path], room: Path, whole: bool) -> Contents:
+def _read_files(files: list[Path], room: Path, whole: bool, kspace: dict[str, Any] | None) -> Contents:
     """The series of some files; those of DICOM are read together.
 
     Args:
@@ -126,12 +128,20 @@ def _read_files(files: list[Path], room: Path, whole: bool) -> Contents:
     for k, path in enumerate(p for p in files if kinds[p] != "DICOM"):
         kind = kinds[path]
         try:
-            if kind == "HDF5":
+            if whole and path.suffix.lower() == ".cfl" and path.with_suffix(".hdr").is_file():
+                kind, path = "BART", path.with_suffix(".hdr")
+            if kind in ("HDF5", "NumPy", "BART"):
                 with decoding("readable k-space"):
-                    _read_hdf5(path, room, found, k)
+                    if kind == "HDF5" and _is_minc(path):
+                        _add(found, _read_image(path, "MINC", room / f"in{k}"))
+                    else:
+                        _take_kspace(found, path, kind, kspace)
             elif kind.removesuffix(" in gzip") in SUFFIX:
                 with decoding(f"a readable {kind.removesuffix(' in gzip')} file"):
-                    _add(found, _read_image(path, kind, room / f"in{k}"))
+                    if kind.startswith("NIfTI") and is_complex(link := _link(path, f".nii{'.gz' * kind.endswith('gzip')}", room / f"c{k}")):
+                        _take_kspace(found, link, "NIfTI", kspace)
+                    else:
+                        _add(found, _read_image(path, kind, room / f"in{k}"))
             elif path in taken or (not whole and path.suffix.lower() in VOXEL_FILES):
                 continue
             elif kind == "zip":
@@ -143,7 +153,7 @@ def _read_files(files: list[Path], room: Path, whole: bool) -> Contents:
                 raise
             passed[str(error)] += 1
     if whole and passed:
-        raise UnusableError("expected NIfTI, MGH, NRRD, MetaImage, MINC, PAR/REC, DICOM, k-space (.h5), PNG or JPEG, or a folder or zip of "
+        raise UnusableError("expected NIfTI, MGH, NRRD, MetaImage, MINC, PAR/REC, DICOM, k-space (.h5, .npy, .cfl), PNG or JPEG, or a folder or zip of "
                        "them; got a file of another kind; convert the series first, for instance to NIfTI")
     found.passed_over += [f"{n} x {words}" if n > 1 else words for words, n in passed.items()]
     return found
@@ -159,8 +169,16 @@ def _add(found: Contents, volumes: list[Series]) -> None:
     found.series += volumes
 
 
-def _read_hdf5(path: Path, room: Path, found: Contents, k: int) -> None:
-    """MINC-2, or k-space."""
+def _take_kspace(found: Contents, path: Path, kind: str, request: dict[str, Any] | None) -> None:
+    """The first file of k-space."""
+    if found.kspace is None:
+        found.kspace = read_kspace(path, kind, request)
+    else:
+        found.passed_over.append("more k-space: only the first file is used")
+
+
+def _is_minc(path: Path) -> bool:
+    """Whether an HDF5 file is MINC-2, without links."""
     import h5py
 
     try:
@@ -170,11 +188,7 @@ def _read_hdf5(path: Path, room: Path, found: Contents, k: int) -> None:
         raise UnusableError(f"expected an HDF5 file, got one that cannot be read ({type(error).__name__}); copy it again") from None
     if minc:
         _refuse_links(path)
-        _add(found, _read_image(path, "MINC", room / f"in{k}"))
-    elif found.kspace is None:
-        found.kspace = read_kspace(path)
-    else:
-        found.passed_over.append("more k-space: only the first file is used")
+    return minc
 
 
 def _refuse_links(path: Path) -> None:
@@ -206,17 +220,23 @@ def _read_image(path: Path, kind: str, place: Path) -> list[Series]:
         raise UnusableError(f"expected the voxels of a {kind} header in a file beside it, found none; bring both, or convert them to NIfTI")
     if kind == "MGH" and packed:
         suffix, packed = ".mgz", False
-    place.mkdir()
-    link = place / f"0{suffix}{'.gz' if packed else ''}"
     if kind == "MetaImage" or kind == "NRRD":
         # A detached header names the file of its voxels, so that these stay where they are.
         return read_with_itk(path, kind)
-    link.symlink_to(path.resolve())
+    link = _link(path, f"{suffix}{'.gz' if packed else ''}", place)
     if partner is not None and suffix in PAIRS:
         (place / f"0{PAIRS[suffix]}{'.gz' if partner.name.lower().endswith('.gz') else ''}").symlink_to(partner.resolve())
     if kind in ("PNG", "JPEG"):
         return read_picture(link, kind)
     return read_with_nibabel(link, kind)
+
+
+def _link(path: Path, suffix: str, place: Path) -> Path:
+    """A link to a file, in a folder of its own, whose name its decoder understands."""
+    place.mkdir()
+    link = place / f"0{suffix}"
+    link.symlink_to(path.resolve())
+    return link
 
 
 def _gunzip(path: Path, target: Path) -> Path:

@@ -71,6 +71,17 @@ def read_with_nibabel(path: Path, file_format: str) -> list[Series]:
     return found
 
 
+def is_complex(path: Path) -> bool:
+    """Whether a NIfTI file that starts well holds complex values."""
+    import nibabel
+
+    _check_start(path)
+    try:
+        return np.dtype(nibabel.load(path).get_data_dtype()).kind == "c"
+    except Exception:  # read_with_nibabel tells what is wrong
+        return False
+
+
 def _check_start(path: Path) -> None:
     """Refuse a header that lies about its size before nibabel allocates by it."""
     opened: Any = igzip.open if path.name.endswith(".gz") else open
