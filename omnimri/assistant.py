@@ -148,6 +148,8 @@ class Assistant:
         assert study.kspace is not None
         found = self.reconstruct(study.kspace)
         rebuilt = replace(study, volumes=(found.image,), warnings=(*study.warnings, *found.warnings))
+        if on_text is not None:
+            on_text(found.sentence())
         if rest:
             hear = None if on_text is None else lambda text: on_text(f"{found.sentence()} {text}")
             told = self._speak(rebuilt, rest, history, task, hear, beams)

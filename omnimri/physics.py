@@ -86,14 +86,19 @@ def sense_adjoint(kspace: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
     return (ifft2c(kspace * mask[:, None]) * coils.conj()).sum(1)
 
 
-def sense_normal(image: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
-    """What measuring an image (N, H, W) and taking the adjoint gives; whole lines need one transform along W alone.
+def sampled(images: Tensor, mask: Tensor) -> Tensor:
+    """What a mask (N, H or 1, W) leaves of coil images (N, c, H, W), as images; whole lines need one transform along W alone.
 
     The shifts of centred transforms are phases in k-space, which a mask leaves alone: only the mask is shifted.
     """
     axes = (-1,) if mask.shape[-2] == 1 else (-2, -1)
     keep = torch.fft.ifftshift(mask, dim=axes)[:, None]
-    return (torch.fft.ifftn(torch.fft.fftn(image[:, None] * coils, dim=axes) * keep, dim=axes) * coils.conj()).sum(1)
+    return torch.fft.ifftn(torch.fft.fftn(images, dim=axes) * keep, dim=axes)
+
+
+def sense_normal(image: Tensor, mask: Tensor, coils: Tensor) -> Tensor:
+    """What measuring an image (N, H, W) and taking the adjoint gives."""
+    return (sampled(image[:, None] * coils, mask) * coils.conj()).sum(1)
 
 
 @torch.no_grad()
@@ -146,6 +151,25 @@ def calibration_images(kspace: Tensor, mask: Tensor, *, grid: int = 32, most: in
     (a, b), (c, d) = ((grid // 2 - n // 2, size // 2 - n // 2) for n, size in ((rows, h), (columns, w)))
     crop[..., a : a + rows, c : c + columns] = kspace[..., b : b + rows, d : d + columns]
     return ifft2c(crop * axes[0][:, None, :, None] * axes[1][:, None, None, :])
+
+
+def fit_coils(image: Tensor, coils: Tensor, seen: Tensor, mask: Tensor, *, iterations: int = 3, grid: int = 24) -> tuple[Tensor, Tensor]:
+    """Sensitivities moved toward what the data say of an image (N, H, W): smooth corrections, a `grid` of them a side, by
+    gradient steps over the image's own energy (joint estimation in the spirit of JSENSE; Ying and Sheng, MRM 2007).
+
+    Args:
+        seen: (N, c, H, W) the data as images: the inverse transform of what was measured.
+
+    Returns:
+        The sensitivities, and what they leave unexplained of `seen`.
+    """
+    energy = torch.nn.functional.adaptive_avg_pool2d(image.abs().square()[:, None], grid)
+    energy = energy + 1e-3 * image.abs().square().flatten(1).amax(1).view(-1, 1, 1, 1)
+    for _ in range(iterations):
+        pull = image.conj()[:, None] * (seen - sampled(image[:, None] * coils, mask))
+        parts = [torch.nn.functional.adaptive_avg_pool2d(p, grid) for p in (pull.real, pull.imag)]
+        coils = coils + resize_complex(torch.complex(*parts) / energy, image.shape[-2:])
+    return coils, seen - sampled(image[:, None] * coils, mask)
 
 
 def resize_complex(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .espirit import espirit
 from .model.omnimri import OmniMRI
-from .physics import fft2c, sense_adjoint
+from .physics import fit_coils, ifft2c, sense_adjoint
 from .tasks import Reconstruct
+from .tasks.reconstruct import Reconstructed
 from .volume import KSpace, Volume
 
 CHUNK = 4
@@ -24,7 +25,7 @@ CHUNK = 4
 EDGE = 1 / 16
 """Share of the readout at either end whose samples tell the noise where none was measured: they hold least signal."""
 _ASKED = re.compile(r"\breconstruct(ing)?\b", re.IGNORECASE)
-DISAGREEMENT = 2.0
+DISAGREEMENT = 1.25
 """From this residual on, against the noise, a slice is warned of."""
 
 
@@ -39,7 +40,7 @@ class Reconstruction:
     zero_filled: Volume
     """What the samples give without any model."""
     residuals: tuple[float, ...]
-    """Of each slice: root mean square of measured minus predicted samples, over the noise."""
+    """Of each slice: root mean square of measured minus predicted samples, over the noise, with sensitivities fitted to the image."""
     noise: float
     """Standard deviation of a sample's noise, in the unit of the data after they were made equal between coils."""
     noise_source: str
@@ -68,9 +69,10 @@ class Reconstruction:
         w, h, s = self.image.shape
         told = f"{s} slice{'s' if s > 1 else ''} of {w} × {h} reconstructed from {self.coils} coil{'s' if self.coils > 1 else ''}"
         told += f" and {100 * self.sampled:.0f} % of the samples" if self.sampled < 1 else ", fully sampled"
+        most = " at most" if s > 1 else ""
         if self.sampled == 1:
             return f"{told}."
-        return f"{told}; what was measured and what the image predicts differ by {max(self.residuals):.1f} times the noise at most."
+        return f"{told}; what was measured and what the image predicts differ by {max(self.residuals):.1f} times the noise{most}."
 
 
 def asks_to_reconstruct(question: str) -> tuple[bool, str]:
@@ -93,12 +95,13 @@ def noise_of(data: Tensor) -> float:
     return float(ends.median()) / 0.8326
 
 
-def residual_of(image: Tensor, coils: Tensor, data: Tensor, mask: Tensor) -> Tensor:
-    """(S,) root mean square of what an image (S, H, W) leaves unexplained of the samples (S, c, H, W)."""
-    keep = mask[:, None].to(data.real.dtype)
-    there = (data.abs().amax((2, 3), keepdim=True) > 0).to(data.real.dtype)
-    off = (fft2c(image[:, None] * coils) * keep - data) * there
-    return (off.abs().square().sum((1, 2, 3)) / (keep * there).expand_as(off.real).sum((1, 2, 3)).clamp(min=1)).sqrt()
+def residual_of(found: Reconstructed, data: Tensor, mask: Tensor) -> Tensor:
+    """(S,) root mean square of what images leave unexplained of the samples (S, c, H, W), with sensitivities fitted to them."""
+    keep = mask.to(data.real.dtype)
+    _, off = fit_coils(found.image, found.coils, ifft2c(data), keep)
+    there = data.abs().amax((2, 3)) > 0
+    samples = keep.expand(-1, data.shape[2], -1).sum((1, 2)) * there.sum(1)
+    return ((off.abs().square().sum((2, 3)) * there).sum(1) / samples.clamp(min=1)).sqrt()
 
 
 @torch.inference_mode()
@@ -124,13 +127,13 @@ def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned", keep_
             given = None if slab.coils is None else slab.coils[first : first + CHUNK].to(device)
             mask = slab.mask.to(device)
             if lines:
-                data, mask = data.transpose(2, 3), mask.expand(data.shape[3], data.shape[2])[:, :1].T
+                data, mask = data.transpose(2, 3), mask.expand(*data.shape[2:])[:, :1].T
                 given = None if given is None else given.transpose(2, 3)
             mask = mask.expand(len(data), *mask.shape)
             if given is None and coils == "espirit":
                 given = torch.stack([espirit(d, m)[0] for d, m in zip(data, mask, strict=True)])
             found = model.heads["reconstruct"](data, mask, given)
-            residuals += (residual_of(found.image, found.coils, data, mask) / level).tolist()
+            residuals += (residual_of(found, data, mask) / level).tolist()
             parts = [found.image.abs(), found.spread]
             if keep_zero_filled:
                 parts.append(sense_adjoint(data, mask.to(data.real.dtype), found.coils).abs())
