@@ -25,7 +25,8 @@ from omnimri.assistant import Assistant
 
 from .session import REQUESTS, Session
 
-FILE_TYPES = [".npy", ".nii", ".gz", ".mgh", ".mgz", ".nrrd", ".mha", ".mnc", ".h5", ".hdf5", ".dcm", ".ima", ".zip", ".png", ".jpg", ".jpeg"]
+FILE_TYPES = [".npy", ".nii", ".gz", ".mgh", ".mgz", ".nrrd", ".mha", ".mnc", ".h5", ".hdf5", ".dcm", ".ima", ".zip", ".png", ".jpg",
+              ".jpeg"]
 MAX_SESSIONS = 8
 IDLE_SECONDS = 3600
 HEAD = f"""# OmniMRI

@@ -163,7 +163,8 @@ class Session:
         """The slice of the zero-filled and of the reconstructed image; None where nothing was reconstructed."""
         if self.reconstruction is None:
             return None
-        return self.view(plane, index, overlay=False, voxels=self.reconstruction.zero_filled.voxels[0]), self.view(plane, index, overlay=False)
+        before = self.reconstruction.zero_filled.voxels[0]
+        return self.view(plane, index, overlay=False, voxels=before), self.view(plane, index, overlay=False)
 
     def view(self, plane: str, index: int, *, overlay: bool = True, voxels: torch.Tensor | None = None) -> np.ndarray:
         """One slice as (H, W, 3) uint8, radiological, square pixels, with the patient's sides lettered.

@@ -50,9 +50,10 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--no-controls", action="store_true", help="without random weights")
     suite.add_argument("--pooled", action="store_true", help="also Dice over the voxels of all cases together")
     rebuilt = command("reconstruct", "reconstruction of simulated acquisitions beside zero-filling, CG-SENSE, BART and sigpy")
-    rebuilt.add_argument("--coils", type=int, default=8)
+    rebuilt.add_argument("--coils", type=int, nargs="+", default=(8,))
     rebuilt.add_argument("--accelerations", type=int, nargs="+", choices=(2, 4, 8, 12), default=(2, 4, 8, 12))
-    rebuilt.add_argument("--noise", choices=("low", "moderate", "high"), default="moderate")
+    rebuilt.add_argument("--noise", nargs="+", choices=("low", "moderate", "high"), default=("moderate",))
+    rebuilt.add_argument("--raw", type=Path, metavar="KSPACE", help="also a picture of measured k-space, beside BART's")
     real = command("realism", "simulated studies against real scans")
     command("reading", "seconds to read a scan beside other readers")
     command("speed", "seconds of report metrics beside pycocoevalcap's")
@@ -137,6 +138,8 @@ def run(args: argparse.Namespace) -> None:
         if args.command == "reconstruct":
             from . import reconstruct
 
+            if args.raw:
+                reconstruct.picture(assistant, args.raw, out / "raw.png")
             setting = {"coils": args.coils, "noise": args.noise, "accelerations": args.accelerations}
             results = reconstruct.benchmark(assistant, scans=args.scans, maps=args.maps, **setting)
             write_atomic(out / "results.json", to_json(results))

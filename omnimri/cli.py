@@ -273,8 +273,6 @@ def write_labels(answer: Answer, path: Path) -> None:
 
 def write_answer(answer: Answer, folder: Path) -> None:
     """Write answer.json, answer.md, and the masks or the reconstructed image."""
-    from .io.nifti import write_nifti
-
     write_text(folder / "answer.json", json.dumps(answer.to_json(), indent=1))
     write_text(folder / "answer.md", markdown(answer))
     if answer.labels is not None and bool(answer.labels.any()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -121,7 +123,7 @@ def cg_sense(kspace: Tensor, mask: Tensor, coils: Tensor, *, weight: float, iter
 
 def calibration_size(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns (N,) around the middle of masks (N, H or 1, W) that are sampled without a gap."""
-    n, h, w = mask.shape
+    _, h, w = mask.shape
     across = _run(mask[:, h // 2])
     return (torch.full_like(across, 1 << 20) if h == 1 else _run(mask[:, :, w // 2])), across
 
@@ -172,10 +174,10 @@ def fit_coils(image: Tensor, coils: Tensor, seen: Tensor, mask: Tensor, *, itera
     return coils, seen - sampled(image[:, None] * coils, mask)
 
 
-def resize_complex(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_complex(x: Tensor, size: Sequence[int]) -> Tensor:
     """(N, c, h, w) complex -> (N, c, *size) by bicubic interpolation of both parts."""
     parts = torch.view_as_real(x).permute(0, 1, 4, 2, 3).flatten(1, 2)
-    large = torch.nn.functional.interpolate(parts, size=size, mode="bicubic", align_corners=False)
+    large = torch.nn.functional.interpolate(parts, size=tuple(size), mode="bicubic", align_corners=False)
     return torch.view_as_complex(large.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2).contiguous())
 
 

@@ -117,7 +117,10 @@ def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned", keep_
     if coils not in ("learned", "espirit"):
         raise ValueError(f"expected coils 'learned', 'espirit' or a file, got {coils!r}")
     device = next(model.parameters()).device
-    images, spreads, simple, residuals, levels, shares = [], [], [], [], [], []
+    images: list[Tensor] = []
+    spreads: list[Tensor] = []
+    simple: list[Tensor] = []
+    residuals, levels, shares = [], [], []
     for slab in kspace.slabs():
         level = slab.noise or noise_of(slab.data)
         shares.append(float(slab.mask.expand(slab.data.shape[2:]).float().mean()))
@@ -174,5 +177,5 @@ def _warnings(residuals: Sequence[float]) -> tuple[str, ...]:
     if not bad:
         return ()
     named = ", ".join(map(str, bad[:12])) + (" and others" if len(bad) > 12 else "")
-    return (f"data and image disagree on slice {named} (up to {max(residuals):.1f} times the noise): motion, wrong sensitivities or "
-            "damaged samples; do not rely on what they show",)
+    told = f"data and image disagree on slice {named} (up to {max(residuals):.1f} times the noise)"
+    return (f"{told}: motion, wrong sensitivities or damaged samples; do not rely on what they show",)

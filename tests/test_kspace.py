@@ -120,7 +120,8 @@ def refused(tmp_path):
     yield npy("large", array * np.float32(1e30)), "scale it"
     (tmp_path / "short.npy").write_bytes((tmp_path / "order.npy").read_bytes()[:-100])
     yield tmp_path / "short.npy", "NumPy file"
-    for name, shape, told in (("radial", (1, 64, 32, 4), "Cartesian"), ("three", (16, 16, 16, 4), "partition"), ("maps", (16, 16, 1, 4, 2), "dimensions")):
+    others = {"radial": ((1, 64, 32, 4), "Cartesian"), "three": ((16, 16, 16, 4), "partition"), "maps": ((16, 16, 1, 4, 2), "dimensions")}
+    for name, (shape, told) in others.items():
         write_cfl(tmp_path / name, np.ones(shape, np.complex64))
         yield tmp_path / f"{name}.cfl", told
     write_cfl(tmp_path / "cut", np.ones((16, 16, 1, 4), np.complex64))

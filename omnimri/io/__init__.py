@@ -15,7 +15,7 @@ from .sandbox import TIME_S, take, warm
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..volume import Study, Volume
+    from ..volume import KSpace, Study, Volume
 
 __all__ = ["open_study", "study_of", "warm"]
 
@@ -36,12 +36,12 @@ def open_study(
     path = Path(path)
     if not path.exists():
         raise ValueError("expected a file or folder, found none at the given path; check its spelling")
-    request = {"path": str(path.resolve()), "series": list(series) if series else None, "kspace": dict(kspace or {})}
+    request: dict[str, Any] = {"path": str(path.resolve()), "series": list(series) if series else None}
 
     def ask(first: int) -> Study:
         child = take()
         try:
-            return _study(child.ask({**request, "kspace": {**request["kspace"], "first": first}}, time_s), child.arrays, ask)
+            return _study(child.ask({**request, "kspace": {**(kspace or {}), "first": first}}, time_s), child.arrays, ask)
         finally:
             child.close()
 
@@ -91,9 +91,14 @@ def _study(told: dict[str, Any], arrays: BinaryIO, ask: Callable[[int], Study]) 
         kspace = KSpace(
             mapped(raw["data"]), mapped(raw["mask"]), torch.tensor(raw["affine"], dtype=torch.float64), oriented=raw["oriented"],
             coils=raw["coils"] and mapped(raw["coils"]), noise=raw["noise"], crop=raw["crop"] and tuple(raw["crop"]),
-            num_slices=raw["slices"], rest=lambda first: ask(first).kspace,
+            num_slices=raw["slices"], rest=lambda first: _kspace_of(ask(first)),
         )
     return Study(volumes=tuple(volumes), kspace=kspace, warnings=tuple(warnings), series=tuple(notes))
+
+
+def _kspace_of(study: Study) -> KSpace:
+    assert study.kspace is not None
+    return study.kspace
 
 
 def _volume(row: dict[str, Any], voxels: Any, name: str) -> Volume:

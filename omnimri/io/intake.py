@@ -153,8 +153,8 @@ def _read_files(files: list[Path], room: Path, whole: bool, kspace: dict[str, An
                 raise
             passed[str(error)] += 1
     if whole and passed:
-        raise UnusableError("expected NIfTI, MGH, NRRD, MetaImage, MINC, PAR/REC, DICOM, k-space (.h5, .npy, .cfl), PNG or JPEG, or a folder or zip of "
-                       "them; got a file of another kind; convert the series first, for instance to NIfTI")
+        raise UnusableError("expected NIfTI, MGH, NRRD, MetaImage, MINC, PAR/REC, DICOM, k-space (.h5, .npy, .cfl), PNG or JPEG, or a "
+                       "folder or zip of them; got a file of another kind; convert the series first, for instance to NIfTI")
     found.passed_over += [f"{n} x {words}" if n > 1 else words for words, n in passed.items()]
     return found
 

@@ -67,12 +67,12 @@ def _hdf5(path: Path, request: dict[str, Any]) -> Raw:
 
 
 def _fastmri(f: Any) -> Raw:
-    """fastMRI's layout: `kspace`; where they are there, `mask`, `ismrmrd_header`, and of our own `affine`, `noise` and `coils`."""
+    """FastMRI's layout: `kspace`; where they are there, `mask`, `ismrmrd_header`, and of our own `affine`, `noise` and `coils`."""
     data = inside(f, "kspace")
     shape = tuple(int(n) for n in data.shape)
     if len(shape) not in (3, 4) or data.dtype.kind != "c":
         raise UnusableError(f"expected complex k-space (slices, [coils,] height, width), got {len(shape)} axes of kind {data.dtype.kind}")
-    whole = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+    s, c, h, w = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
     small: dict[str, np.ndarray] = {}
     for name in ("mask", "affine", "noise"):
         if name in f:
@@ -81,8 +81,8 @@ def _fastmri(f: Any) -> Raw:
             small[name] = np.asarray(member)
     coils = inside(f, "coils") if "coils" in f else None
     header = header_of(_text(inside(f, "ismrmrd_header"))) if "ismrmrd_header" in f else {}
-    spacing, crop = layout_of(header, *whole[2:])
-    return Raw(whole, lambda a, b: np.asarray(data[a:b]).reshape(-1, *whole[1:]), mask=small.get("mask"), noise=small.get("noise"),
+    spacing, crop = layout_of(header, h, w)
+    return Raw((s, c, h, w), lambda a, b: np.asarray(data[a:b]).reshape(-1, c, h, w), mask=small.get("mask"), noise=small.get("noise"),
                affine=small["affine"].astype(np.float64) if "affine" in small else None, spacing_mm=spacing, crop=crop,
                coils=None if coils is None else lambda a, b: np.asarray(coils[a:b]))
 
@@ -97,7 +97,7 @@ def _load(path: Path, what: str) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise UnusableError(f"expected a NumPy file (.npy) of {what} values, got one that cannot be read ({type(error).__name__})") from None
+        raise UnusableError(f"expected a NumPy file of {what} values, got one that cannot be read ({type(error).__name__})") from None
 
 
 def _numpy(path: Path, request: dict[str, Any]) -> Raw:
@@ -123,7 +123,8 @@ def _arranged(array: np.ndarray, axes: str | None, what: str) -> np.ndarray:
         raise UnusableError(f"expected complex {what} with two to four axes, got {array.ndim} axes of kind {array.dtype.kind}")
     order = tuple(n.strip() for n in axes.split(",")) if axes else _usual(array.ndim)
     if len(order) != array.ndim or len(set(order)) != len(order) or not {"height", "width"} <= set(order) <= set(AXES):
-        raise UnusableError(f"expected --axes with {array.ndim} of {', '.join(AXES)}, height and width among them; got {len(order)} or other names")
+        raise UnusableError(f"expected --axes with {array.ndim} of {', '.join(AXES)}, height and width among them; "
+                            f"got {len(order)} or other names")
     turned = array.transpose([order.index(n) for n in AXES if n in order])
     return turned[tuple(slice(None) if n in order else None for n in AXES)]
 

@@ -151,7 +151,7 @@ def check_order(data: np.ndarray) -> None:
     if min(found[2:]) >= SPREAD:
         return
     if all(focus(data, a, shifted=True) > FOCUS > 0.5 > found[a] for a in (2, 3)):
-        raise UnusableError("expected k-space whose middle lies in the middle of the array, got it at the corners; shift it first (fftshift)")
+        raise UnusableError("expected the middle of k-space in the middle of the array, got it at the corners; shift it first (fftshift)")
     like = [names[a] for a in range(4) if found[a] > FOCUS]
     if len(like) >= 2:
         raise UnusableError(f"expected k-space along height and width, got it along what was taken as {' and '.join(like)}; "
@@ -160,7 +160,7 @@ def check_order(data: np.ndarray) -> None:
 
 def geometry(raw: Raw) -> tuple[np.ndarray | None, bool]:
     """Affine of the image (W, H, S) as it is shown, and whether it tells sides."""
-    slices, _, h, w = raw.shape
+    _, _, h, w = raw.shape
     rows, columns = raw.crop or (h, w)
     if raw.affine is not None:
         good = raw.affine.shape == (4, 4) and np.isfinite(raw.affine).all() and abs(np.linalg.det(raw.affine[:3, :3])) > 1e-6

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..model.config import OmniMRIConfig
 
 DILATIONS = (1, 2, 4, 8, 1)
-START = {"weight": 0.01, "iterations": 6}
+START_WEIGHT, START_ITERATIONS = 0.01, 6
 """Conjugate gradients before the first cascade."""
 
 
@@ -117,18 +117,18 @@ class ReconstructHead(nn.Module):
         """(N, c, h, w) complex, (N, h or 1, w) bool, sensitivities where they are known -> image, spread, sensitivities."""
         keep = mask.to(kspace.real.dtype)
         fast = torch.autocast(kspace.device.type, torch.bfloat16, enabled=self.training or fast_bf16(kspace.device))
-        given = coils is not None
-        if given:
-            coils = without_phase(coils, kspace, mask)
-        else:
+        estimated = coils is None
+        if coils is None:
             with fast:
                 coils = self.coils(kspace, mask)
+        else:
+            coils = without_phase(coils, kspace, mask)
         measured = sense_adjoint(kspace, keep, coils)
-        image = cg_sense(kspace, keep, coils, **START)
+        image = cg_sense(kspace, keep, coils, weight=START_WEIGHT, iterations=START_ITERATIONS)
         scale = image.abs().flatten(1).amax(1).clamp(min=1e-12)[:, None, None]
         image, pull = image / scale, measured / scale
         h, w = image.shape[1:]
-        features = None
+        features: Tensor | None = None
         for step, regulariser in zip(self.steps, self.cascades, strict=True):
             off = sense_normal(image, keep, coils) - pull
             seen = F.pad(_channels(image, off), (0, w % 2, 0, h % 2), mode="replicate")
@@ -136,9 +136,10 @@ class ReconstructHead(nn.Module):
                 change, features = regulariser(seen, features)
             image = image - step * off - _complex(change[..., :h, :w])
         with fast:
+            assert features is not None
             spread = F.pixel_shuffle(self.spread(features.detach()), 2)[:, 0, :h, :w]
         complete = mask.all(-1).all(-1)[:, None, None]
-        if bool(complete.any()) and not given:  # what no sensitivities can spoil: the root-sum-of-squares
+        if bool(complete.any()) and estimated:  # what no sensitivities can spoil: the root-sum-of-squares
             measured = torch.polar(ifft2c(kspace).abs().square().sum(1).sqrt(), measured.angle())
         return Reconstructed(
             image=torch.where(complete, measured, image * scale),
