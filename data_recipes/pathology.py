@@ -17,11 +17,11 @@ from .tissue import AFTER_LESIONS, BASE_OF_CODE, CODE, FIRST_LESION, NUM_CODES, 
 
 KINDS = {
     # name: (share, where it begins)
-    "glioblastoma": (0.16, "white"),
-    "glioma": (0.09, "white"),
+    "glioblastoma": (0.20, "white"),
+    "glioma": (0.10, "white"),
     "meningioma": (0.08, "surface"),
     "metastasis": (0.11, "junction"),
-    "white-matter hyperintensity": (0.18, "white"),
+    "white-matter hyperintensity": (0.13, "white"),
     "acute infarct": (0.10, "any"),
     "old infarct": (0.08, "any"),
     "haemorrhage": (0.09, "deep"),
@@ -133,11 +133,11 @@ def draw_spot(
     stretch, rough = 0.2, 0.12
     mass = 0.0
     if kind == "glioblastoma":
-        radius, mass, rough = size(9, 30), uniform(g, 0.2, 0.7), 0.16
+        radius, mass, rough = size(11, 32), uniform(g, 0.2, 0.7), 0.16
         inner = uniform(g, 0.3, 0.85)
-        layers = [(uniform(g, 1.3, 2.2), "oedema", "white"), (1.0, "enhancing", "solid"), (inner, "necrosis", "solid")]
+        layers = [(uniform(g, 1.3, 2.8), "oedema", "white"), (1.0, "enhancing", "solid"), (inner, "necrosis", "solid")]
     elif kind == "glioma":
-        radius, mass, layers = size(8, 32), uniform(g, 0.1, 0.5), [(1.0, "glioma", "solid")]
+        radius, mass, layers = size(11, 40), uniform(g, 0.1, 0.5), [(1.0, "glioma", "solid")]
         rough = 0.18
     elif kind == "meningioma":
         radius, mass, rough = size(6, 26), uniform(g, 0.6, 0.95), 0.05

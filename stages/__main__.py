@@ -14,7 +14,8 @@ from typing import Any
 from . import STAGES
 
 DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
-             "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int, "num_cascades": int, "cascade_width": int}
+             "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int, "num_cascades": int, "cascade_width": int,
+             "reuse": int, "stem_widths": lambda v: [int(n) for n in v.split(",")]}
 RATE = "learning_rate."
 """`--set learning_rate.GLOB=RATE` goes before the stage's own rates; 0 freezes."""
 
@@ -94,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         if source_of_weights is not None:
             tokenizer = load_tokenizer(source_of_weights)
             config = OmniMRIConfig.from_pretrained(str(source_of_weights))
-            for key in ("num_cascades", "cascade_width"):
-                setattr(config, key, settings.get(key, getattr(config, key)))
+            for key in {"num_cascades", "cascade_width", "stem_widths"} & set(settings):
+                setattr(config, key, settings[key])
             lora, config.lora_rank = config.lora_rank, 0
             model = OmniMRI(config)
             if lora:
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def source(numbers: Any) -> Any:
             recipe = build_recipe(name, args.data, model.config.image_size, settings, kspace=stage.NEEDS_KSPACE, numbers=numbers)
-            return stage.Source(Mixture({recipe: 1.0}, seed=seed), tokenizer, model)
+            return stage.Source(Mixture({recipe: 1.0}, seed=seed, reuse=settings.get("reuse", 1)), tokenizer, model)
 
         values = {**stage.DEFAULTS, **{k: v for k, v in settings.items() if k in types}}
         fit_config = FitConfig(learning_rate=rates | {k: v for k, v in stage.LEARNING_RATE.items() if k not in rates}, **values)

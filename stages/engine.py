@@ -55,6 +55,10 @@ class Objective(nn.Module, ABC):
         """What validation reports beside the loss terms."""
         return {}
 
+    def dense_parts(self) -> list[nn.Module]:
+        """Modules whose inputs always have one shape: what `compile` compiles."""
+        return []
+
 
 class Source(Protocol):
     """Training examples as a pure function of their index."""
@@ -91,6 +95,8 @@ class FitConfig:
     """Loader processes; the batches are the same for any number."""
     precision: str = "bf16"
     """bf16 (autocast) or no."""
+    compile: bool = False
+    """Compile the objective's dense parts (torch.compile; needs a C++ compiler on CPUs)."""
     save_every: int = 200
     keep: int = 2
     validate_every: int = 200
@@ -198,6 +204,8 @@ def fit(
         # Fused attention's backward pass on CPUs takes twice the time of the plain one at these lengths.
         objective.model.language.set_attn_implementation("eager")
     groups = parameter_groups(objective, config)
+    for part in objective.dense_parts() if config.compile else ():
+        part.compile(dynamic=False)
     start = 0
     if resumed is not None:
         start = _restore(resumed, objective)

@@ -108,6 +108,10 @@ class GroundedDialogue(Objective):
             losses |= self.ask(batch, phase, seen) if masks else self.stand(batch, seen, 1)[0]
         return self.terms(losses)
 
+    def dense_parts(self) -> list[torch.nn.Module]:
+        """The encoder and the pixel decoder."""
+        return [self.model.vision, self.model.heads["pixels"]]
+
     def terms(self, losses: Losses) -> dict[str, Term]:
         """Weighted."""
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}

@@ -67,6 +67,20 @@ def test_resume_is_bit_identical(stage, workers, config, tokenizer, tmp_path, ca
     assert any(not torch.equal(v, after[k]) for k, v in before.items())
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_resumes_bit_identically_and_agrees(config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.grounded.GroundedDialogue.dense_parts", lambda self: [self.model.heads["pixels"].mix[0]])  # seconds
+    shares = (0.8, 0.05)
+    last = run("pretrain", config, tokenizer, tmp_path / "whole", workers=0, compile=True, shares=shares)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    run("pretrain", config, tokenizer, tmp_path / "cut", workers=0, compile=True, shares=shares)
+    a, b = (load_file(tmp_path / k / "checkpoints" / "step-000004" / "model.safetensors") for k in ("whole", "cut"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    plain = run("pretrain", config, tokenizer, tmp_path / "plain", workers=0, shares=shares)
+    assert last["segment"] == pytest.approx(plain["segment"], rel=0.02)
+
+
 def test_8_bit_optimizer_resumes_bit_identically(config, tokenizer, tmp_path):
     run("align", config, tokenizer, tmp_path / "whole", workers=0, optimizer="adamw8bit")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from data_recipes import RECIPES, Mixture, Phantom, Recipe
 from data_recipes.__main__ import main
+from data_recipes.mixture import WINDOW
 from data_recipes.store import Stored, build
 from data_recipes.tissue import CLASS_OF_CODE, NUM_CODES, SIDED, swap_sides
+from data_recipes.variation import vary
 from omnimri.anatomy import NAMES
 from omnimri.grid import COLUMNS, Grid
 from omnimri.tasks import Segment
@@ -88,6 +92,32 @@ def test_mixture_is_pure_and_weighted(phantom):
     assert same(mixture.record(5), Mixture({phantom: 3.0, other: 1.0}, seed=3).record(5))
     with pytest.raises(ValueError, match="positive weights"):
         Mixture({}, seed=0)
+
+
+def test_a_record_is_shown_again_and_varied(phantom):
+    plain, again = Mixture({phantom: 1.0}, seed=3), Mixture({phantom: 1.0}, seed=3, reuse=3)
+    assert same(again.record(5), plain.record(5))
+    look = again.record(5 + WINDOW)
+    assert same(look, Mixture({phantom: 1.0}, seed=3, reuse=3).record(5 + WINDOW)), "what was kept before changes nothing"
+    assert not torch.equal(look.images, plain.record(5).images)
+    assert not torch.equal(look.images, again.record(5 + 2 * WINDOW).images)
+    assert look.conversations == plain.record(5).conversations
+    assert same(again.record(3 * WINDOW), plain.record(WINDOW))
+    with pytest.raises(ValueError, match="at least once"):
+        Mixture({phantom: 1.0}, seed=0, reuse=0)
+
+
+def test_a_varied_mask_lies_on_its_image(phantom):
+    for i in range(8):
+        record = phantom.record(1, i)
+        # Drawn as image and as mask: they must move alike.
+        marked = replace(record, images=(record.labels > 0).float()[:, None].expand(-1, 3, -1, -1).clone())
+        look = vary(marked, torch.Generator().manual_seed(i))
+        drawn, meant = look.images[:, 1] > 0.5 * float(look.images.max()), look.labels > 0
+        assert float((drawn & meant).sum()) > 0.95 * float((drawn | meant).sum())
+        assert set(look.labels.unique().tolist()) <= set(record.labels.unique().tolist())
+        ratio = (torch.count_nonzero(look.labels) / torch.count_nonzero(record.labels)).item()
+        assert ratio == pytest.approx((record.spacing_mm[1] / look.spacing_mm[1]) ** 2, rel=0.15)
 
 
 def test_records_survive_the_disk(phantom, tmp_path):
