@@ -95,12 +95,16 @@ def save_model(
     provenance: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, configuration, tokenizer and provenance into an existing folder.
+    """Write weights, configuration, tokenizer and provenance into an existing folder; a base's weights stay where they are.
 
     Args:
         state: Weights to write in place of the model's own (for a narrower data type).
     """
-    model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
+    if state is None and model.config.base:
+        state = model.state_dict()
+    if state is not None:
+        state = {k: v for k, v in state.items() if not model.is_base(k)}
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder / "tokenizer")
     if provenance is not None:
         (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
@@ -138,7 +142,7 @@ def load_weights(model: OmniMRI, folder: str | Path) -> tuple[list[str], list[st
     model.load_state_dict({n: t.to(own[n].dtype) for n, t in fits.items()}, strict=False)
     settled = set(model._tied_weights_keys or {})
     # Running statistics start as identity: a checkpoint from before they existed is whole without them.
-    settled |= {n for n in own if n.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    settled |= {n for n in own if n.endswith(("running_mean", "running_var", "num_batches_tracked")) or model.is_base(n)}
     return sorted(fits), sorted(set(own) - set(fits) - settled), sorted(set(named) - set(fits))
 
 
@@ -156,6 +160,10 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[OmniMRI, Pre
         raise ValueError(f"checkpoint {found} cannot be used: {wrong}; fetch or train it again")
     config = OmniMRIConfig.from_pretrained(str(found), local_files_only=True)
     model = OmniMRI(config)
+    if config.base:
+        from .weights import find_base
+
+        model.load_base(find_base(config.base))
     _, new, _ = load_weights(model, found)
     if new:
         raise ValueError(f"checkpoint {found} lacks {len(new)} weights of its own configuration, such as {new[0]}")

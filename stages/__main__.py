@@ -52,6 +52,64 @@ def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
     return train_tokenizer(texts, vocab_size)
 
 
+def new_model(name: str, settings: dict[str, Any], *, base: Path | None, vision: Path | None) -> tuple[Any, Any]:
+    """A model of a preset and its tokenizer; `small` is built on the fetched language model.
+
+    Args:
+        base: Folder of a base language model (`omnimri.weights`).
+        vision: Folder of pretrained weights for the encoder.
+
+    Raises:
+        ValueError: base weights are missing or do not fit.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    from omnimri.checkpoint import load_tokenizer
+    from omnimri.model.config import preset
+    from omnimri.model.omnimri import OmniMRI
+    from omnimri.tokens import extend_tokenizer, token_ids
+    from omnimri.weights import LANGUAGE, base_of, folder_of
+
+    base = base or (folder_of(LANGUAGE) if name == "small" else None)
+    named = base_of(base) if base else {}
+    tokenizer = extend_tokenizer(load_tokenizer(base)) if base else recipe_tokenizer(vocab_size=settings.get("vocab_size", 2048))
+    config = preset(name, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
+    for key in {"num_cascades", "cascade_width", "stem_widths"} & set(settings):
+        setattr(config, key, settings[key])
+    if base:
+        config.text_config = AutoConfig.from_pretrained(str(base), local_files_only=True)
+        config.base, config.num_token_rows = named, len(tokenizer) - config.text_config.vocab_size
+    config.token_ids = token_ids(tokenizer)
+    model = OmniMRI(config)
+    if base:
+        model.load_base(base)
+    if vision:
+        load_vision(model, load_file(vision / "model.safetensors"))
+    return model, tokenizer
+
+
+def load_vision(model: Any, tensors: dict[str, Any]) -> None:
+    """Put a pretrained encoder in; its position embeddings are interpolated to this model's lattice.
+
+    Raises:
+        ValueError: it is of another width, depth or patch size.
+    """
+    import torch
+
+    own, name = model.vision.backbone.state_dict(), "embeddings.position_embeddings"
+    if name in tensors and name in own and tensors[name].shape[2:] == own[name].shape[2:]:
+        cls, grid = tensors[name][:, :1], tensors[name][:, 1:]
+        old, new = (round(n**0.5) for n in (grid.shape[1], own[name].shape[1] - 1))
+        square = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
+        square = torch.nn.functional.interpolate(square, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
+        tensors = tensors | {name: torch.cat([cls, square.flatten(2).transpose(1, 2).to(cls.dtype)], 1)}
+    wrong = {n for n in own.keys() | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape}
+    if wrong:
+        raise ValueError(f"expected encoder weights of this preset, got others: {len(wrong)} tensors differ, such as {min(wrong)}")
+    model.vision.backbone.load_state_dict(tensors)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
@@ -59,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="tiny", help="tiny, small, base or large")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="a run or model directory whose weights to start from")
+    parser.add_argument("--base", type=Path, help="folder of a base language model (default for small: what `omnimri fetch` fetched)")
+    parser.add_argument("--vision", type=Path, help="folder of a pretrained encoder to start from")
     parser.add_argument("--data", default=os.environ.get("OMNIMRI_DATA"), help="folder of label maps for `synthetic`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="steps, batch_size, recipe, ...")
     args = parser.parse_args(argv)
@@ -68,9 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     from data_recipes import Mixture
     from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
     from omnimri.checkpoint import load_tokenizer, newest_good, resolve
-    from omnimri.model.config import OmniMRIConfig, preset
+    from omnimri.model.config import OmniMRIConfig
     from omnimri.model.omnimri import OmniMRI
-    from omnimri.tokens import token_ids
+    from omnimri.weights import find_base
 
     from .engine import FitConfig, fit
 
@@ -101,11 +161,10 @@ def main(argv: list[str] | None = None) -> int:
             model = OmniMRI(config)
             if lora:
                 model.add_lora(lora)
+            if config.base:
+                model.load_base(args.base or find_base(config.base))
         else:
-            tokenizer = recipe_tokenizer(vocab_size=settings.get("vocab_size", 2048))
-            config = preset(args.preset, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
-            config.token_ids = token_ids(tokenizer)
-            model = OmniMRI(config)
+            model, tokenizer = new_model(args.preset, settings, base=args.base, vision=args.vision)
         model.config.max_slices = settings.get("max_slices", model.config.max_slices)
         name = settings.get("recipe", "phantom")
 

@@ -118,11 +118,13 @@ def parameter_groups(module: nn.Module, config: FitConfig) -> list[dict[str, Any
         ValueError: a glob matches no parameter.
     """
     used: set[str] = set()
+    model = getattr(module, "model", None)
+    base = {n for n, _ in module.named_parameters() if hasattr(model, "is_base") and model.is_base(n.removeprefix("model."))}
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         short = name.removeprefix("model.")
         matched = next((g for g in config.learning_rate if fnmatchcase(short, g)), None)
-        moves = matched is not None and config.learning_rate[matched] > 0 and not name.startswith("teacher")
+        moves = matched is not None and config.learning_rate[matched] > 0 and not name.startswith("teacher") and name not in base
         parameter.requires_grad_(moves)
         if not name.startswith("teacher"):
             used |= {g for g in config.learning_rate if fnmatchcase(short, g)}

@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         source = resolve(args.run)
         model, tokenizer, _ = load_model(source)
-        model.merge_lora()
+        if not model.config.base:
+            model.merge_lora()
         size = {"image_size": model.config.image_size, "kspace_size": 0, "num_slices": model.config.max_slices}
         if args.data:
             training: Any = Synthetic(args.data, numbers=TRAINING_MAPS, **size)

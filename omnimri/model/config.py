@@ -21,6 +21,9 @@ class OmniMRIConfig(PreTrainedConfig):
         cascade_width: Channels of a cascade's regulariser.
         lora_rank: Rank of the LoRA adapters on the language model; 0 for none.
         token_ids: Ids of this project's added tokens.
+        base: `name` and `sha256` of the base language model whose weights stay outside the checkpoint (`omnimri.weights`); none where
+            the checkpoint is whole.
+        num_token_rows: Tokens after the base's own.
     """
 
     model_type = "omnimri"
@@ -38,6 +41,8 @@ class OmniMRIConfig(PreTrainedConfig):
         cascade_width: int = 48,
         lora_rank: int = 0,
         token_ids: dict[str, int] | None = None,
+        base: dict[str, str] | None = None,
+        num_token_rows: int = 0,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config or {"model_type": "dinov2_with_registers"})
@@ -50,6 +55,8 @@ class OmniMRIConfig(PreTrainedConfig):
         self.cascade_width = cascade_width
         self.lora_rank = lora_rank
         self.token_ids = dict(token_ids or {})
+        self.base = dict(base or {})
+        self.num_token_rows = num_token_rows
         super().__init__(**kwargs)
 
     @property

@@ -5,9 +5,11 @@ Shapes: B studies, S slices, T tokens, E language width, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..anatomy import NAMES
 from ..tasks import TASKS
 from .config import OmniMRIConfig
-from .language import build_language, inject_lora, merge_lora
+from .language import build_language, inject_lora, is_base, load_base, merge_lora
 from .pixel_decoder import PixelDecoder, Pixels
 from .projector import Projector, as_words
 from .vision import VisionEncoder
@@ -87,6 +89,8 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
         self.register_buffer("scope_whiten", torch.zeros(width, width))
         self.register_buffer("scope_limit", torch.zeros(()))
         self.token_ids: dict[str, int] = config.token_ids
+        if config.base:
+            self._tied_weights_keys = {}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -201,6 +205,20 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
         """Hidden states at every occurrence of `token`: ((n,) batch index, (n, E))."""
         where = torch.nonzero(ids == self.token_ids[token])
         return where[:, 0], hidden[where[:, 0], where[:, 1]]
+
+    # --- the base ---------------------------------------------------------------------------------------------
+
+    def is_base(self, name: str) -> bool:
+        """Whether a parameter is the base's: it never moves and is in no checkpoint."""
+        return bool(self.config.base) and name.startswith("language.") and is_base(name)
+
+    def load_base(self, folder: Path) -> None:
+        """Put a base's weights in (`omnimri.weights.find_base`).
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        load_base(self.language, load_file(folder / "model.safetensors"))
 
     # --- adapters ---------------------------------------------------------------------------------------------
 
