@@ -1,13 +1,11 @@
-"""The Gradio page on 127.0.0.1. Nothing leaves the machine."""
+"""The reading room: a Gradio page around one session a browser. Nothing leaves the machine."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import queue
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,42 +17,49 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 
-from omnimri.anatomy import PLANES
 from omnimri.answer import NOTICE
-from omnimri.assistant import Assistant
+from omnimri.io import warm
 
+from . import export
 from .session import REQUESTS, Session
+from .store import KEPT_HOURS, MOST_SESSIONS, ROOM, Store
 
-FILE_TYPES = [".npy", ".nii", ".gz", ".mgh", ".mgz", ".nrrd", ".mha", ".mnc", ".h5", ".hdf5", ".dcm", ".ima", ".zip", ".png", ".jpg",
-              ".jpeg"]
-MAX_SESSIONS = 8
-IDLE_SECONDS = 3600
+FILE_TYPES = [
+    ".nii",
+    ".gz",
+    ".mgh",
+    ".mgz",
+    ".nrrd",
+    ".mha",
+    ".mnc",
+    ".h5",
+    ".hdf5",
+    ".npy",
+    ".dcm",
+    ".ima",
+    ".zip",
+    ".png",
+    ".jpg",
+    ".jpeg",
+]
 HEAD = f"""# OmniMRI
 **{NOTICE}** Answers are made by a small model and can be wrong; the study stays on this machine."""
+NONE_OPEN = "No study is open. Drop an MRI on the left, or load an example."
+STATIC = Path(__file__).parent / "static"
+SCRIPTS = (
+    '<link rel="stylesheet" href="omnimri/static/viewer.css"><script src="omnimri/static/niivue.umd.js" defer></script>'
+    '<script src="omnimri/static/viewer.js" defer></script>'
+)
+SHOW = "(scene) => { const wait = () => window.omnimri ? window.omnimri.show(scene) : setTimeout(wait, 100); wait(); }"
+FIND = "(choice) => { if (choice && window.omnimri) window.omnimri.finding(Number(choice)); }"
 
 
-class Sessions:
-    """A bounded number of sessions, each under a key only its browser holds."""
+def key_of(request: gr.Request) -> str:
+    """The session of a request: the browser's cookie, or for a client of the API its own session."""
+    import hashlib
 
-    def __init__(self, assistant: Assistant) -> None:
-        self.assistant = assistant
-        self._held: dict[str, tuple[Session, float]] = {}
-        self._lock = threading.Lock()
-
-    def of(self, key: str) -> Session:
-        """The session of a key; idle ones are closed, and the oldest when there are too many."""
-        with self._lock:
-            now = time.monotonic()
-            for old in [k for k, (_, used) in self._held.items() if now - used > IDLE_SECONDS]:
-                self._held.pop(old)[0].close()
-            if key not in self._held:
-                while len(self._held) >= MAX_SESSIONS:
-                    oldest = min(self._held, key=lambda k: self._held[k][1])
-                    self._held.pop(oldest)[0].close()
-                self._held[key] = (Session(self.assistant), now)
-            session = self._held[key][0]
-            self._held[key] = (session, now)
-            return session
+    cookie = request.cookies.get("omnimri", "") if request is not None else ""
+    return cookie or hashlib.sha256(str(getattr(request, "session_hash", "")).encode()).hexdigest()[:32]
 
 
 def example_file() -> str:
@@ -69,49 +74,90 @@ def example_file() -> str:
     return str(path)
 
 
-def build(assistant: Assistant) -> gr.Blocks:
-    """The page."""
-    sessions = Sessions(assistant)
+EXAMPLES = {
+    "template": (example_file, "Example: the MNI152 T1 template (an average of 152 real scans, through nilearn)."),
+    "patient": (lambda: str(STATIC / "patient.nii.gz"), "Example: a simulated FLAIR study of a patient with a lesion (no real person)."),
+}
 
-    def view_of(session: Session, plane: str, index: int, overlay: bool) -> tuple:
-        both = session.before_after(plane, int(index) - 1)
-        return session.view(plane, int(index) - 1, overlay=overlay), gr.update(value=both, visible=both is not None)
 
-    def legend_of(session: Session) -> str:
-        chips = (f'<span style="display:inline-block;margin:2px 8px 2px 0"><span style="display:inline-block;width:12px;'
-                 f'height:12px;background:rgb{colour};margin-right:4px"></span>{name}</span>'
-                 for name, colour in session.legend())
-        return "".join(chips)
+def numbered(session: Session) -> list[tuple[str, str]]:
+    """Choices of the findings' list."""
+    return [(f"{i.number} · {i.place} · {i.volume_ml:.2f} ml · {i.state}", str(i.number)) for i in session.review.items.values()]
 
-    def refresh(session: Session, plane: str, overlay: bool) -> tuple:
-        index = session.best_slice(plane) + 1
-        slider = gr.update(minimum=1, maximum=max(2, session.slices(plane)), value=index)
-        return slider, *view_of(session, plane, index, overlay), legend_of(session)
 
-    def open_file(key: str, path: str | None, plane: str, overlay: bool) -> tuple:
-        session = sessions.of(key)
+def suggestions(session: Session) -> list[str]:
+    """Three questions that fit the study."""
+    if session.upload is None:
+        return ["", "", ""]
+    if session.shown is None:
+        return ["Reconstruct this and describe it.", "Reconstruct this.", "What sequence and plane is this?"]
+    if session.review.items:
+        return ["How large is the largest lesion?", "Where are the lesions?", "Write a report."]
+    return ["What sequence and plane is this?", "Outline the left hippocampus.", "Is there a lesion?"]
+
+
+class Page:
+    """The handlers behind the page; each finds its session by the request."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def session(self, request: gr.Request) -> Session:
+        """The session of a request."""
+        return self.store.of(key_of(request))
+
+    def everything(self, session: Session, understood: str | None = None) -> tuple[Any, ...]:
+        """What changes when a study or a decision does: overview, chat, scene, findings, table, report, suggestions, exports."""
+        rows = [[r["name"], round(r["ml"], 1), r["percent"]] for r in export.structures(session)]
+        choices = numbered(session)
+        dicom = bool(export.source_uids(session))
+        asked = suggestions(session)
+        return (
+            understood or session.overview(),
+            session.chat,
+            session.scene(),
+            gr.update(choices=choices, value=choices[0][1] if choices else None),
+            rows,
+            session.review.report(session.num_slices()) if session.upload else "",
+            [[e.time, e.finding, e.change, e.before, e.after] for e in session.review.audit],
+            *(gr.update(value=q or "…", interactive=bool(q)) for q in asked),
+            gr.update(interactive=dicom),
+            gr.update(interactive=dicom),
+            "" if dicom or not session.upload else export.NOT_DICOM,
+        )
+
+    def opened(self, request: gr.Request) -> tuple[Any, ...]:
+        """What a reloaded page shows."""
+        session = self.session(request)
+        return self.everything(session, None if session.upload else NONE_OPEN)
+
+    def open_file(self, path: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """Open an uploaded study."""
+        session = self.session(request)
         if path is None:
-            return ("No study is open.", [], *refresh(session, plane, overlay), None)
+            return self.everything(session)
         try:
-            told = session.load(path)
-            if session.shown is not None:
-                plane_now = session.best_slice(plane)
-                assert plane_now >= 0
+            uploaded(path)
+            session.load(path)
         except ValueError as error:
-            session.reset()
-            told = f"**This file cannot be used.** {error}"
-        return (told, [], *refresh(session, plane, overlay), None)
+            return self.everything(session, f"**This file cannot be used.** {error}")
+        return self.everything(session)
 
-    def open_example(key: str, plane: str, overlay: bool) -> tuple:
-        told = open_file(key, example_file(), plane, overlay)
-        return (f"Example: the MNI152 T1 template (an average of 152 real scans, through nilearn).\n\n{told[0]}", *told[1:])
+    def open_example(self, name: str, request: gr.Request) -> tuple[Any, ...]:
+        """Open a bundled example: `template` or `patient`."""
+        if name not in EXAMPLES:
+            raise gr.Error(f"expected one of {', '.join(EXAMPLES)}")
+        session = self.session(request)
+        make, told = EXAMPLES[name]
+        session.load(make(), keep=False)
+        return self.everything(session, f"{told}\n\n{session.overview()}")
 
-    def ask(key: str, question: str, chat: list, plane: str, overlay: bool, task: str | None = None) -> Iterator[tuple]:
-        session = sessions.of(key)
-        chat = [*chat, {"role": "user", "content": question}, {"role": "assistant", "content": "Looking at the study …"}]
-        keep = gr.update()
-        waiting = (keep,) * 5
-        yield chat, "", *waiting
+    def ask(self, question: str, task: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """Ask; the text streams, and the work ends when nobody listens any more."""
+        session = self.session(request)
+        chat = [*session.chat, {"role": "user", "content": question}, {"role": "assistant", "content": "Looking at the study …"}]
+        keep = (gr.skip(),) * 12
+        yield gr.skip(), chat, *keep[1:], ""
         pieces: queue.Queue = queue.Queue()
         stopped = threading.Event()
 
@@ -131,111 +177,187 @@ def build(assistant: Assistant) -> gr.Blocks:
         try:
             while True:
                 kind, value = pieces.get()
-                if kind == "text":
-                    chat[-1]["content"] = value or "…"
-                    yield chat, "", *waiting
-                    continue
-                if kind == "error":
-                    chat[-1]["content"] = value
-                    yield chat, "", *waiting
-                    return
-                break
+                if kind != "text":
+                    break
+                chat[-1]["content"] = value or "…"
+                yield gr.skip(), chat, *keep[1:], ""
         finally:
             stopped.set()
-        chat[-1]["content"] = answer_markdown(value)
-        yield (chat, "", *refresh(session, plane, overlay), session.export())
+        session.say("user", question)
+        session.say("assistant", value if kind == "error" else answer_markdown(value))
+        yield *self.everything(session), ""
 
-    def show(key: str, plane: str, index: int, overlay: bool) -> tuple:
-        return view_of(sessions.of(key), plane, index, overlay)
+    def decide(self, number: str | None, state: str, request: gr.Request) -> tuple[Any, ...]:
+        """Accept, reject or reopen a finding."""
+        session = self.session(request)
+        try:
+            session.decide(int(number or 0), state)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        found = self.everything(session)
+        return *found[:3], gr.update(choices=numbered(session), value=number), *found[4:]
 
-    def turn(key: str, plane: str, overlay: bool) -> tuple:
-        return refresh(sessions.of(key), plane, overlay)
+    def edit(self, number: str | None, place: str, comment: str, request: gr.Request) -> tuple[Any, ...]:
+        """Change the words of a finding."""
+        session = self.session(request)
+        try:
+            session.edit(int(number or 0), place=place, comment=comment)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        found = self.everything(session)
+        return *found[:3], gr.update(choices=numbered(session), value=number), *found[4:]
 
-    def forget(key: str, plane: str, overlay: bool) -> tuple:
-        session = sessions.of(key)
+    def detail(self, number: str | None, request: gr.Request) -> tuple[str, str, str]:
+        """What is known of one finding, and its words."""
+        item = self.session(request).review.items.get(int(number or 0))
+        if item is None:
+            return "No finding is chosen.", "", ""
+        uid = f"\n\nSOPInstanceUID {item.sop_instance_uid}" if item.sop_instance_uid else ""
+        told = (
+            f"**{item.state}** · {item.side} · confidence {item.confidence:.2f} · {item.diameter_mm:.0f} mm · {item.volume_ml:.2f} ml · "
+            f"slice {item.slice_index + 1}{uid}"
+        )
+        return told, item.place, item.comment
+
+    def files(self, kind: str, request: gr.Request) -> list[str]:
+        """Exports: `report`, `dicom` or `deidentify`."""
+        session = self.session(request)
+        try:
+            if kind == "report":
+                return [str(p) for p in export.write_files(session, session.folder / "export")]
+            task = "segmentation" if kind == "dicom" else "deidentify"
+            return [str(p) for p in export.write_dicom(session, session.folder / f"export-{task}", task)]
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+
+    def forget(self, request: gr.Request) -> tuple[Any, ...]:
+        """Remove everything of this session."""
+        session = self.session(request)
         session.reset()
-        return ("The study is forgotten.", [], *refresh(session, plane, overlay), None)
+        return self.everything(session, "The study is forgotten.")
 
-    with gr.Blocks(title="OmniMRI", delete_cache=(600, IDLE_SECONDS), analytics_enabled=False) as page:
-        key = gr.State(lambda: uuid.uuid4().hex)
+
+def uploaded(path: str) -> None:
+    """Refuse a path that is no file this server received: clients name no files of this machine.
+
+    Raises:
+        ValueError: it lies elsewhere.
+    """
+    room = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
+    if room not in Path(path).resolve().parents:
+        raise ValueError("expected an uploaded file, got a path; upload the study itself")
+
+
+def build(store: Store) -> gr.Blocks:
+    """The page."""
+    page = Page(store)
+    with gr.Blocks(title="OmniMRI", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
         gr.Markdown(HEAD)
         with gr.Row():
-            with gr.Column(scale=5):
+            with gr.Column(scale=6, min_width=420):
                 with gr.Row():
-                    upload = gr.File(label="MRI: NIfTI, DICOM zip, NRRD, MGH, k-space .h5 or .npy ...", file_types=FILE_TYPES, height=110)
-                    with gr.Column(min_width=120):
-                        example = gr.Button("Load the example scan")
-                        clear = gr.Button("Forget this study")
-                understood = gr.Markdown("No study is open.")
-                with gr.Row():
-                    plane = gr.Radio(list(PLANES), value="axial", label="Plane")
-                    overlay = gr.Checkbox(True, label="Overlay")
-                index = gr.Slider(1, 2, value=1, step=1, label="Slice")
-                image = gr.Image(label="Slice", type="numpy", format="png", interactive=False, height=512, buttons=[])
-                compare = gr.ImageSlider(label="Zero-filled (left) against reconstructed (right)", type="numpy", format="png",
-                                         interactive=False, height=512, visible=False, buttons=[])
-                legend = gr.HTML(label="Legend")
-            with gr.Column(scale=4):
-                chat = gr.Chatbot(label="Conversation", height=560, buttons=["copy"])
-                with gr.Row():
-                    buttons = {name: gr.Button(name) for name in REQUESTS}
-                question = gr.Textbox(label="Question", placeholder="What sequence and plane is this?", max_length=2000)
-                with gr.Row():
-                    send = gr.Button("Ask", variant="primary")
-                    stop = gr.Button("Stop")
-                files = gr.File(label="Download: masks, report, JSON", file_count="multiple", interactive=False)
-        opened = [understood, chat, index, image, compare, legend, files]
-        upload.upload(open_file, [key, upload, plane, overlay], opened, show_progress="full")
-        example.click(open_example, [key, plane, overlay], opened)
-        clear.click(forget, [key, plane, overlay], opened)
-        answered = [chat, question, index, image, compare, legend, files]
-        inputs = [key, question, chat, plane, overlay]
-        running = [question.submit(ask, inputs, answered), send.click(ask, inputs, answered)]
+                    upload = gr.File(label="MRI: NIfTI, DICOM zip, NRRD, MGH, k-space ...", file_types=FILE_TYPES, height=104, scale=3)
+                    with gr.Column(scale=2, min_width=150):
+                        template = gr.Button("Example: template", size="sm")
+                        patient = gr.Button("Example: patient with a lesion", size="sm")
+                        clear = gr.Button("Forget this study", size="sm", variant="stop")
+                gr.HTML('<div id="omni-viewer" aria-label="Viewer"></div>', min_height=420)
+                with gr.Accordion("What was understood of the study", open=True):
+                    understood = gr.Markdown(NONE_OPEN)
+                gr.Markdown(ROOM.format(hours=KEPT_HOURS, most=MOST_SESSIONS))
+            with gr.Column(scale=5, min_width=380):
+                with gr.Tab("Chat"):
+                    chat = gr.Chatbot(
+                        label="Conversation",
+                        height=430,
+                        buttons=["copy", "copy_all"],
+                        elem_id="omni-chat",
+                        placeholder="Ask about the open study.",
+                    )
+                    with gr.Row():
+                        asked = [gr.Button("…", size="sm", interactive=False) for _ in range(3)]
+                    with gr.Row():
+                        buttons = {name: gr.Button(name, size="sm") for name in REQUESTS}
+                    question = gr.Textbox(label="Question", placeholder="What sequence and plane is this?", max_length=2000)
+                    with gr.Row():
+                        send = gr.Button("Ask", variant="primary")
+                        stop = gr.Button("Stop")
+                with gr.Tab("Findings"):
+                    finding = gr.Radio([], label="Findings, the largest first: choose one to see it", elem_id="omni-findings")
+                    told = gr.Markdown("No finding is chosen.")
+                    with gr.Row():
+                        decisions = {
+                            "accepted": gr.Button("Accept", variant="primary", size="sm"),
+                            "rejected": gr.Button("Reject", size="sm"),
+                            "open": gr.Button("Reopen", size="sm"),
+                        }
+                    place = gr.Textbox(label="Place", max_length=200)
+                    comment = gr.Textbox(label="Comment", max_length=200)
+                    save = gr.Button("Save words", size="sm")
+                    report = gr.Markdown(label="Report of what was accepted", container=True)
+                    with gr.Accordion("Every decision", open=False):
+                        audit = gr.Dataframe(headers=["time (UTC)", "finding", "change", "before", "after"], interactive=False)
+                with gr.Tab("Volumes"):
+                    table = gr.Dataframe(headers=["structure", "ml", "% of all outlined"], interactive=False, max_height=520)
+                with gr.Tab("Export"):
+                    gr.Markdown(
+                        "Report (PDF, Markdown, JSON), table (CSV), masks (NIfTI) and key images (PNG); for DICOM studies also SEG and "
+                        "SR on the source's instances, and a de-identified copy. **A face can be rebuilt from a whole head.**"
+                    )
+                    make = gr.Button("Make report and masks", size="sm")
+                    seg = gr.Button("Make DICOM SEG and SR", size="sm", interactive=False)
+                    bare = gr.Button("Make de-identified DICOM copy", size="sm", interactive=False)
+                    why = gr.Markdown()
+                    files = gr.File(label="Files", file_count="multiple", interactive=False)
+        scene = gr.JSON(visible="hidden", elem_id="omni-scene")
+        shown = [understood, chat, scene, finding, table, report, audit, *asked, seg, bare, why]
+        scene.change(None, scene, None, js=SHOW)
+        finding.change(None, finding, None, js=FIND)
+        finding.change(page.detail, finding, [told, place, comment], show_progress="hidden", api_name="finding")
+        blocks.load(page.opened, None, shown, show_progress="hidden", api_name="state")
+        upload.upload(page.open_file, upload, shown, show_progress="full", api_name="open")
+        for made, name in ((template, "template"), (patient, "patient")):
+            which = gr.State(name)
+            made.click(page.open_example, which, shown, api_name=f"example_{name}")
+        clear.click(page.forget, None, shown, api_name="forget")
+        answered = [*shown, question]
+        no_task = gr.State(None)
+        running = [
+            question.submit(page.ask, [question, no_task], answered, api_name=False),
+            send.click(page.ask, [question, no_task], answered, api_name="ask"),
+            chat.retry(_again, [chat, no_task], [question]).then(page.ask, [question, no_task], answered, api_name=False),
+        ]
+        running += [made.click(page.ask, [made, no_task], answered, api_name=False) for made in asked]
         for name, (words, task) in REQUESTS.items():
-
-            def request(k: str, c: list, p: str, o: bool, words: str = words, task: str = task) -> Iterator[tuple]:
-                yield from ask(k, words, c, p, o, task)
-
-            running.append(buttons[name].click(request, [key, chat, plane, overlay], answered, api_name=task))
+            running.append(buttons[name].click(page.ask, [gr.State(words), gr.State(task)], answered, api_name=task))
         stop.click(None, None, None, cancels=running)
-        index.change(show, [key, plane, index, overlay], [image, compare], show_progress="hidden")
-        overlay.change(show, [key, plane, index, overlay], [image, compare], show_progress="hidden")
-        plane.change(turn, [key, plane, overlay], [index, image, compare, legend], show_progress="hidden")
+        for state, made in decisions.items():
+            made.click(page.decide, [finding, gr.State(state)], shown, api_name=state)
+        save.click(page.edit, [finding, place, comment], shown, api_name="edit")
+        for made, kind in ((make, "report"), (seg, "dicom"), (bare, "deidentify")):
+            made.click(page.files, gr.State(kind), files, api_name=f"export_{kind}")
         gr.Markdown(f"{NOTICE} Independent implementation of ideas from arXiv 2508.17524.")
-    return page
+    warm()
+    return blocks
+
+
+def _again(chat: list[dict[str, Any]], _: None) -> str:
+    """The last question."""
+    asked = [m["content"] for m in chat if m["role"] == "user"]
+    last = asked[-1] if asked else ""
+    return last if isinstance(last, str) else str(last[0].get("text", ""))
 
 
 def answer_markdown(answer: Any) -> str:
-    """An answer for the chat: text, findings, and what to be warned of."""
+    """An answer for the chat: text, findings as links that the viewer follows, and what to be warned of."""
     lines = [answer.text]
     if answer.findings:
-        lines += ["", "| lesion | side | location | ml | mm | slice |", "|---|---|---|---|---|---|"]
-        for k, f in enumerate((f.to_json() for f in answer.findings), 1):
-            numbers = f"{f['volume_ml']:.2f} | {f['diameter_mm']:.0f} | {f['slice_index'] + 1}"
-            lines.append(f"| {k} | {f['side']} | {f['location']} | {numbers} |")
+        lines += ["", "| finding | location | ml | mm | slice |", "|---|---|---|---|---|"]
+        for f in answer.findings:
+            told, number = f.to_json(), f.lesion.rank
+            numbers = f"{told['volume_ml']:.2f} | {told['diameter_mm']:.0f} | {told['slice_index'] + 1}"
+            lines.append(f"| [finding {number}](#finding-{number}) | {told['location']} | {numbers} |")
     elif shown := [s for s in answer.structures if s.voxels]:
         lines += ["", "| structure | ml |", "|---|---|", *(f"| {s.name} | {s.volume_ml:.1f} |" for s in shown)]
     lines += ["", *(f"⚠ {w}" for w in answer.warnings)]
     return "\n".join(lines).strip() + f"\n\n*{answer.notice}*"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Omnimri chat."""
-    parser = argparse.ArgumentParser(prog="omnimri chat", description=f"Start the chat page on this machine. {NOTICE}")
-    parser.add_argument("--checkpoint", metavar="DIR", help="a model or run directory (default: the embedded one)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--port", type=int, default=7860)
-    args = parser.parse_args(argv)
-    page = build(Assistant(args.checkpoint, device=args.device))
-    print(f"OmniMRI on http://127.0.0.1:{args.port}  {NOTICE}", flush=True)
-    page.queue(max_size=16, default_concurrency_limit=2).launch(
-        server_name="127.0.0.1",
-        server_port=args.port,
-        share=False,
-        run_history=False,
-        enable_monitoring=False,
-        footer_links=[],
-        max_file_size="1gb",
-        quiet=True,
-    )
-    return 0

@@ -1,4 +1,4 @@
-"""python -m data_recipes list | build NAME --count N --out DIR | show NAME --count N --out DIR."""
+"""python -m data_recipes list | build NAME --count N --out DIR | show NAME --count N --out DIR | patient --data DIR --out FILE."""
 
 from __future__ import annotations
 
@@ -23,10 +23,21 @@ def make(name: str, data: str | None) -> Recipe:
     raise ValueError(f"expected a recipe from {', '.join(RECIPES)} (synthetic with --data FOLDER), got {name!r}")
 
 
+def patient(data: str, out: Path) -> None:
+    """Write the example of the page: a FLAIR study with a glioblastoma, of a head that nothing is trained on."""
+    from omnimri.io.nifti import write_nifti
+
+    from .phantom import record_volume
+    from .synthetic import CHOOSING_MAPS
+
+    volume = record_volume(Synthetic(data, numbers=CHOOSING_MAPS, num_slices=28, mirror=False, kspace_size=0).record(77, 233))
+    write_nifti(out, (volume.voxels[0] * 1000).round().int(), volume.affine)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(prog="python -m data_recipes", description=__doc__)
-    parser.add_argument("command", choices=("list", "build", "show"))
+    parser.add_argument("command", choices=("list", "build", "show", "patient"))
     parser.add_argument("name", nargs="?")
     parser.add_argument("--data", default=os.environ.get("OMNIMRI_DATA"), help="folder of label maps")
     parser.add_argument("--seed", type=int, default=0)
@@ -38,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
             for recipe in RECIPES.values():
                 print(f"{recipe.name}\n  tasks: {', '.join(recipe.tasks)}\n  licence: {recipe.licence}\n"
                       f"  citation: {recipe.citation}\n  obtain: {recipe.obtain}")
+            return 0
+        if args.command == "patient":
+            if not args.data or not args.out:
+                raise ValueError("expected --data, the folder of label maps, and --out FILE.nii.gz")
+            patient(args.data, args.out)
             return 0
         if not args.name or not args.out:
             raise ValueError("expected the name of a recipe and --out DIR")

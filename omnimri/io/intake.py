@@ -40,16 +40,8 @@ def read(path: Path, room: Path, kspace: dict[str, Any] | None = None) -> Conten
     Raises:
         UnusableError: nothing in it can be used, or it is hostile.
     """
-    if path.is_dir():
-        files = list(_walk(path))
-        whole = False
-    elif path.is_file() and kind_of_file(path) == "zip":
-        files = list(_unpack(path, room))
-        whole = False
-    elif path.is_file():
-        files, whole = [path], True
-    else:
-        raise UnusableError("expected a file or folder, found none at the given path; check its spelling")
+    files = files_of(path, room)
+    whole = files == [path]
     if not files:
         raise UnusableError("expected files of a study, got an empty folder or archive")
     found = _read_files(files, room, whole, kspace)
@@ -63,6 +55,21 @@ def read(path: Path, room: Path, kspace: dict[str, Any] | None = None) -> Conten
         for k, series in enumerate(group, 1):
             series.name = f"{number}.{k}" if len(group) > 1 else str(number)
     return found
+
+
+def files_of(path: Path, room: Path) -> list[Path]:
+    """Every file of a study: of a folder, of a zip archive (unpacked into `room`), or the file itself.
+
+    Raises:
+        UnusableError: there is none, or it is hostile.
+    """
+    if path.is_dir():
+        return list(_walk(path))
+    if path.is_file() and kind_of_file(path) == "zip":
+        return list(_unpack(path, room))
+    if path.is_file():
+        return [path]
+    raise UnusableError("expected a file or folder, found none at the given path; check its spelling")
 
 
 def kind_of_file(path: Path) -> str:

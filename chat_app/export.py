@@ -1,0 +1,186 @@
+"""Export: what a person takes away - report, table, masks, pictures, DICOM. Every file says what it is not."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omnimri.anatomy import PLANES
+from omnimri.answer import NOTICE
+
+from .session import LABEL_NAMES, Session
+
+TIME_S = 180
+NOT_DICOM = "SEG, SR and a de-identified copy need a DICOM study; this one is not."
+
+
+def structures(session: Session) -> list[dict[str, Any]]:
+    """Every outlined structure: label, name, ml, and percent of all that is outlined inside the skull; the largest first."""
+    if session.labels is None or session.shown is None:
+        return []
+    values, counts = np.unique(session.labels.numpy(), return_counts=True)
+    inside = int(counts[values > 0].sum())
+    ml = session.shown.voxel_ml
+    rows = [
+        {
+            "label": int(v),
+            "name": LABEL_NAMES.get(int(v), str(v)),
+            "ml": round(float(n) * ml, 3),
+            "percent": round(100 * float(n) / inside, 2),
+        }
+        for v, n in zip(values, counts, strict=True)
+        if v
+    ]
+    return sorted(rows, key=lambda r: -r["ml"])
+
+
+def table_csv(session: Session) -> str:
+    """The structures as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["label", "name", "ml", "percent"])
+    writer.writeheader()
+    writer.writerows(structures(session))
+    return f"# {NOTICE}\n{out.getvalue()}"
+
+
+def source_uids(session: Session) -> list[str]:
+    """SOPInstanceUID of each slice of the shown volume; nothing where the study is no DICOM."""
+    return list(session.shown.source) if session.shown is not None else []
+
+
+def write_files(session: Session, folder: Path) -> list[Path]:
+    """Report (PDF, Markdown, JSON), table, masks and key images.
+
+    Raises:
+        ValueError: there is nothing to export yet.
+    """
+    if session.study is None or session.shown is None:
+        raise ValueError("expected an open study to export, there is none")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    from omnimri.io.nifti import write_nifti
+
+    model = {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest}
+    report = session.review.report(session.num_slices())
+    signature = f"Model {model['name']}, SHA-256 of the weights {model['checkpoint_sha256']}."
+    (folder / "report.md").write_text(f"{report}\n\n{signature}\n")
+    told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE}
+    (folder / "report.json").write_text(json.dumps(told, indent=1))
+    if session.labels is not None:
+        (folder / "structures.csv").write_text(table_csv(session))
+        write_nifti(folder / "labels.nii.gz", session.labels, session.shown.affine)
+        if session.ranks is not None:
+            write_nifti(folder / "findings.nii.gz", session.ranks.int(), session.shown.affine)
+    images = key_images(session, folder)
+    write_pdf(folder / "report.pdf", report, signature, structures(session), images)
+    return sorted(folder.iterdir())
+
+
+def key_images(session: Session, folder: Path) -> list[Path]:
+    """A slice in each plane through the first accepted finding, else through the middle, with masks, as PNG."""
+    from PIL import Image
+
+    made = []
+    for plane in PLANES:
+        path = folder / f"{plane}.png"
+        Image.fromarray(session.view(plane, session.best_slice(plane))).save(path)
+        made.append(path)
+    return made
+
+
+def write_pdf(path: Path, report: str, signature: str, rows: list[dict[str, Any]], images: list[Path]) -> None:
+    """The report as it is read on paper."""
+    from xml.sax.saxutils import escape
+
+    from reportlab.lib.pagesizes import A4
+    from reportlab.lib.styles import getSampleStyleSheet
+    from reportlab.platypus import Image, Paragraph, SimpleDocTemplate, Spacer, Table
+
+    styles = getSampleStyleSheet()
+    flow: list[Any] = []
+    for line in report.splitlines():
+        style = "Title" if line.startswith("# ") else "Heading2" if line.startswith("## ") else "BodyText"
+        text = escape(line.lstrip("# ").replace("**", ""))
+        flow.append(Paragraph(f"<b>{text}</b>" if line.startswith("**") else text, styles[style]) if text else Spacer(1, 6))
+    flow += [Spacer(1, 8), Table([[Image(str(i), width=165, height=165) for i in images]]), Spacer(1, 8)]
+    if rows:
+        flow.append(Table([["structure", "ml", "%"], *([r["name"], f"{r['ml']:.1f}", f"{r['percent']:.1f}"] for r in rows[:40])]))
+    flow += [Spacer(1, 8), Paragraph(escape(signature), styles["BodyText"]), Paragraph(NOTICE, styles["BodyText"])]
+
+    def foot(canvas: Any, _: Any) -> None:
+        canvas.setFont("Helvetica", 8)
+        canvas.drawString(40, 24, NOTICE)
+
+    SimpleDocTemplate(str(path), pagesize=A4, title="OmniMRI report", author="OmniMRI").build(flow, onFirstPage=foot, onLaterPages=foot)
+
+
+def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> list[Path]:
+    """DICOM SEG and SR on the source's instances, or with `deidentify` a zip of a copy without names and the list of what was removed.
+
+    Raises:
+        ValueError: the study is no DICOM series, nothing is outlined, or the series cannot be referred to.
+    """
+    uids = source_uids(session)
+    if not uids or session.upload is None:
+        raise ValueError(NOT_DICOM)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    request: dict[str, Any] = {
+        "task": task,
+        "source": session.upload,
+        "uids": uids,
+        "segments": [],
+        "findings": [],
+        "model": {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest},
+    }
+    if task == "segmentation":
+        labels = session.drawn()
+        if labels is None:
+            raise ValueError("expected masks to export, nothing is outlined yet; press Segment or Find lesions first")
+        request["segments"] = session.segments(labels)
+        at = {s["id"]: k for k, s in enumerate(request["segments"], 1)}
+        request["findings"] = [
+            {
+                "number": i.number,
+                "side": i.side,
+                "volume_ml": i.volume_ml,
+                "diameter_mm": i.diameter_mm,
+                "segment": at[session.finding_label(i.number)],
+            }
+            for i in session.review.in_state("accepted")
+            if session.finding_label(i.number) in at
+        ]
+        np.savez_compressed(folder / "masks.npz", labels=labels.numpy().astype(np.uint16))
+    (folder / "request.json").write_text(json.dumps(request))
+    kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
+    package = str(Path(__file__).parents[1])
+    command = [sys.executable, "-P", "-m", "chat_app.dicom_out", str(folder)]
+    done = subprocess.run(
+        command,
+        env={**kept, "PYTHONPATH": package, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        timeout=TIME_S,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode:
+        told = folder / "error.txt"
+        raise ValueError(told.read_text() if told.exists() else "expected a DICOM series that can be read within limits, got another")
+    if task == "deidentify":
+        with zipfile.ZipFile(folder / "deidentified.zip", "w", zipfile.ZIP_DEFLATED) as z:
+            for path in sorted((folder / "deidentified").iterdir()):
+                z.write(path, path.name)
+        shutil.rmtree(folder / "deidentified")
+    wanted = ("segmentation.dcm", "report.dcm", "deidentified.zip", "deidentified.json")
+    return [folder / n for n in wanted if (folder / n).exists()]

@@ -1,0 +1,100 @@
+"""Store: sessions on disk, each under a key that only its browser holds; bounded, and gone when forgotten or too old."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+from omnimri.assistant import Assistant
+
+from .session import Session
+
+LOADED = 6
+"""Studies held in memory; others are read again from disk when they are used."""
+MOST_SESSIONS = 64
+MOST_BYTES = 16 * 2**30
+"""Of all sessions on disk; the one unused for longest goes first."""
+KEPT_HOURS = 24.0
+ROOM = "The server keeps each study for {hours:g} hours after its last use, and at most {most} studies; older ones are forgotten."
+
+
+def state_folder() -> Path:
+    """Where sessions live: `OMNIMRI_STATE`, else the user's state folder."""
+    given = os.environ.get("OMNIMRI_STATE")
+    return Path(given) if given else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "omnimri"
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files under a folder."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+class Store:
+    """All sessions of a server. Thread-safe."""
+
+    def __init__(self, assistant: Assistant, folder: Path | None = None, *, kept_hours: float = KEPT_HOURS) -> None:
+        self.assistant, self.kept_hours = assistant, kept_hours
+        self.folder = folder or state_folder() / "sessions"
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._held: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def of(self, key: str) -> Session:
+        """The session of a key: in memory, on disk, or new.
+
+        Raises:
+            ValueError: the key is not one of this server's form.
+        """
+        if not (isinstance(key, str) and len(key) == 32 and all(c in "0123456789abcdef" for c in key)):
+            raise ValueError("expected a session key, got something else; reload the page")
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        with self._lock:
+            self.sweep(keep=name)
+            session = self._held.pop(name, None)
+            if session is None:
+                session = Session(self.assistant, self.folder / name)
+            self._held[name] = session
+            session.touch()
+            while len(self._held) > LOADED:
+                _, old = self._held.popitem(last=False)
+                old.unload()
+            return session
+
+    def sweep(self, keep: str = "") -> None:
+        """Remove what is too old or too much."""
+        now = time.time()
+        found = sorted((p for p in self.folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+        sizes = {p: size_of(p) for p in found} if len(found) > MOST_SESSIONS // 2 or now % 50 < 1 else {}
+        total = sum(sizes.values())
+        for k, path in enumerate(found):
+            old = now - path.stat().st_mtime > self.kept_hours * 3600
+            if path.name != keep and (old or len(found) - k > MOST_SESSIONS or total > MOST_BYTES):
+                total -= sizes.get(path, 0)
+                held = self._held.pop(path.name, None)
+                if held is not None:
+                    held.unload()
+                shutil.rmtree(path, ignore_errors=True)
+
+    def forget(self, key: str) -> None:
+        """Remove everything of a session."""
+        session = self.of(key)
+        with self._lock:
+            session.reset()
+
+    def find(self, token: str) -> Path | None:
+        """The file that a session hands out under a token."""
+        with self._lock:
+            for session in self._held.values():
+                if token in session.handed_out:
+                    return session.handed_out[token]
+        return None
+
+    def health(self) -> dict[str, int]:
+        """Numbers for a monitor; nothing of any study."""
+        with self._lock:
+            return {"sessions_in_memory": len(self._held), "sessions_on_disk": sum(p.is_dir() for p in self.folder.iterdir())}
