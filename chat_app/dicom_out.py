@@ -16,6 +16,19 @@ from typing import Any
 import numpy as np
 
 NOTICE = "Research use only. Not a medical device."
+COPIED = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+    "PositionReferenceIndicator",
+)
+"""Fields of patient and study that are copied from the source."""
 SCHEME = "99OMNIMRI"
 """Private coding scheme: FreeSurfer's label numbers for structures."""
 
@@ -113,7 +126,7 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     for finding in request["findings"]:
         site = hd.sr.FindingSite(anatomic_location=codes.SCT.Brain, laterality=sides.get(finding["side"]))
         numbers = (
-            ("Volume", finding["volume_ml"], codes.SCT.Volume, codes.UCUM.Milliliter),
+            ("Volume", finding["volume_ml"], codes.SCT.Volume, hd.sr.CodedConcept("mL", "UCUM", "milliliter")),
             ("Diameter", finding["diameter_mm"], codes.SCT.Diameter, codes.UCUM.Millimeter),
         )
         groups.append(
@@ -127,7 +140,7 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
         )
     report = hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(observer_device_context=device),
-        procedure_reported=codes.LN.MRBrain,
+        procedure_reported=codes.LN.BrainMRI,
         imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=series,
@@ -198,6 +211,8 @@ def make(room: Path) -> None:
     Raises:
         RefusedError: the source does not allow it; the text may be shown.
     """
+    from pydicom.uid import generate_uid
+
     request = json.loads((room / "request.json").read_text())
     source, uids = Path(request["source"]), request["uids"]
     (room / "unpacked").mkdir()
@@ -217,6 +232,14 @@ def make(room: Path) -> None:
     with np.load(room / "masks.npz", allow_pickle=False) as f:
         labels = f["labels"]
     series = [by_uid[u] for u in uids]
+    frame = next((str(h.FrameOfReferenceUID) for h in series if h.get("FrameOfReferenceUID")), str(generate_uid()))
+    for header in series:  # what files must have and some lack
+        for name in COPIED:
+            if name not in header:
+                setattr(header, name, "")
+        header.FrameOfReferenceUID = frame
+        if not header.get("SliceThickness"):
+            header.SliceThickness = round(request["slice_mm"], 4)
     seg = write_seg(request, series, labels, room / "segmentation.dcm")
     if request["findings"]:
         write_sr(request, series, seg, room / "report.dcm")

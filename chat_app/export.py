@@ -139,6 +139,7 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
         "task": task,
         "source": session.upload,
         "uids": uids,
+        "slice_mm": session.shown.spacing_mm[2] if session.shown is not None else 1.0,
         "segments": [],
         "findings": [],
         "model": {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest},

@@ -137,7 +137,6 @@ class Page:
         if path is None:
             return self.everything(session)
         try:
-            uploaded(path)
             session.load(path)
         except ValueError as error:
             return self.everything(session, f"**This file cannot be used.** {error}")
@@ -235,17 +234,6 @@ class Page:
         session = self.session(request)
         session.reset()
         return self.everything(session, "The study is forgotten.")
-
-
-def uploaded(path: str) -> None:
-    """Refuse a path that is no file this server received: clients name no files of this machine.
-
-    Raises:
-        ValueError: it lies elsewhere.
-    """
-    room = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
-    if room not in Path(path).resolve().parents:
-        raise ValueError("expected an uploaded file, got a path; upload the study itself")
 
 
 def build(store: Store) -> gr.Blocks:

@@ -80,7 +80,7 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
 
     blocks = build(store)
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
-    return gr.mount_gradio_app(
+    mounted = gr.mount_gradio_app(
         app,
         blocks,
         path="/",
@@ -95,6 +95,27 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
         allowed_paths=[str(store.folder)],
         ssr_mode=False,
     )
+    guard(blocks)
+    return mounted
+
+
+def guard(blocks: Any) -> None:
+    """Let a client name only what it uploaded: no path of this machine, no address.
+
+    Gradio 6.31 checks paths of a mounted page not at all (only of one that was launched), and fetches addresses.
+    """
+    blocks.has_launched = True
+
+    def only_files(move: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        async def checked(path: Any) -> Any:
+            if isinstance(path, str) and "://" in path:
+                raise ValueError("expected an uploaded file, got an address")
+            return await move(path)
+
+        return checked
+
+    for block in blocks.blocks.values():
+        block.async_move_resource_to_block_cache = only_files(block.async_move_resource_to_block_cache)
 
 
 def main(argv: list[str] | None = None) -> int:

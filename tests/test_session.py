@@ -1,4 +1,4 @@
-"""A session opens, answers, shows and forgets; the page builds and answers over HTTP."""
+"""A session opens, answers, shows, survives and forgets."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def assistant(checkpoint):
 
 
 @pytest.fixture
-def session(assistant):
-    made = Session(assistant)
+def session(assistant, tmp_path):
+    made = Session(assistant, tmp_path / "session")
     yield made
     made.close()
 
@@ -36,7 +36,7 @@ def test_a_question_needs_a_study(session):
 
 @pytest.mark.parametrize("name", ["Report", "Segment", "Find lesions"])
 def test_buttons_give_answers_with_masks_in_the_scans_space(session, scan_file, scan, name):
-    session.load(scan_file)
+    session.load(scan_file, keep=False)
     question, task = REQUESTS[name]
     told = []
     answer = session.ask(question, task=task, on_text=lambda t: told.append(t) is None)
@@ -46,11 +46,11 @@ def test_buttons_give_answers_with_masks_in_the_scans_space(session, scan_file, 
     assert len(answer.findings) == len(session.assistant.examine(session.study.primary).lesions)
     names = {Path(p).name for p in session.export()}
     assert {"answer.json", "answer.md"} <= names
-    assert json.loads((session.folder / "answer.json").read_text())["notice"].startswith("Research use only")
+    assert json.loads((session.folder / "answer" / "answer.json").read_text())["notice"].startswith("Research use only")
 
 
 def test_views_are_square_lettered_and_overlaid(session, scan_file):
-    session.load(scan_file)
+    session.load(scan_file, keep=False)
     for plane in ("axial", "coronal", "sagittal"):
         bare = session.view(plane, session.best_slice(plane))
         assert bare.shape == (512, 512, 3)
@@ -81,9 +81,9 @@ def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
     assert session.shown.shape == (64, 64, 4)
 
 
-def test_forgetting_leaves_nothing(assistant, scan_file):
-    session = Session(assistant)
-    session.load(scan_file)
+def test_forgetting_leaves_nothing(assistant, scan_file, tmp_path):
+    session = Session(assistant, tmp_path / "session")
+    session.load(scan_file, keep=False)
     session.ask("Segment everything.", task="segment")
     session.export()
     folder = session.folder
@@ -95,26 +95,10 @@ def test_forgetting_leaves_nothing(assistant, scan_file):
 
 
 def test_history_holds_slots_not_numbers(session, scan_file):
-    session.load(scan_file)
+    session.load(scan_file, keep=False)
     session.ask("How large is the left thalamus?")
     session.ask("And on the right?")
     assert len(session.history) == 4
     for message in session.history:
         if message.role == "assistant":
             assert not any(c.isdigit() for c in message.text.replace("T1", "").replace("T2", "").replace("3rd", "").replace("4th", ""))
-
-
-def test_the_page_answers_over_http(assistant, scan_file):
-    gradio_client = pytest.importorskip("gradio_client")
-    from chat_app.page import build
-
-    page = build(assistant)
-    _, url, _ = page.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, share=False, quiet=True)
-    try:
-        client = gradio_client.Client(url, verbose=False)
-        told = client.predict(gradio_client.handle_file(str(scan_file)), "axial", True, api_name="/open_file")
-        assert "64 × 64 × 12" in str(told)
-        out = client.predict([], "axial", True, api_name="/report")
-        assert "Research use only" in str(out)
-    finally:
-        page.close()

@@ -110,7 +110,9 @@
 
   async function created(canvas) {
     const nv = new Niivue({ backColor: [0, 0, 0, 1], crosshairColor: [1, 0.85, 0, 0.7], show3Dcrosshair: true, isRadiologicalConvention: true,
-      dragAndDropEnabled: false, multiplanarForceRender: false, isColorbar: false, fontSizeScaling: 0.3, loadingText: "" });
+      dragAndDropEnabled: false, multiplanarForceRender: false, isColorbar: false, loadingText: "" });
+    nv.opts.showAllOrientationMarkers = true;
+    nv.opts.fontColor = [1, 0.85, 0, 1];
     await nv.attachToCanvas(canvas);
     nv.setInterpolation(false);
     return nv;

@@ -1,0 +1,401 @@
+"""The reading room: review, exports, sessions on disk, the server, and the whole way in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+
+from chat_app import export
+from chat_app.review import MOST_WORDS, Review
+from chat_app.session import Session
+from chat_app.store import Store
+from omnimri.assistant import Assistant
+
+from .conftest import SECRET, write_dicom
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def assistant(checkpoint):
+    """Untrained: it finds many lesions, none of them real."""
+    return Assistant(checkpoint)
+
+
+@pytest.fixture
+def session(assistant, scan_file, tmp_path):
+    made = Session(assistant, tmp_path / "session")
+    made.load(scan_file, keep=False)
+    made.ask("Find lesions.", task="detect")
+    return made
+
+
+def zipped(folder: Path, out: Path) -> Path:
+    with zipfile.ZipFile(out, "w") as z:
+        for path in folder.iterdir():
+            z.write(path, path.name)
+    return out
+
+
+@pytest.fixture
+def dicom_session(assistant, scan, tmp_path):
+    path = zipped(write_dicom(scan, tmp_path / "d"), tmp_path / f"{SECRET}.zip")
+    made = Session(assistant, tmp_path / "dicom")
+    made.load(path)
+    made.ask("Segment everything.", task="segment")
+    made.ask("Find lesions.", task="detect")
+    return made
+
+
+# --- review ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_accepted_is_reported_and_every_change_is_kept(session):
+    assert "No finding was accepted." in session.review.report(12)
+    session.decide(1, "accepted")
+    session.decide(2, "rejected")
+    session.edit(1, place="left frontal lobe", comment="  seen\nbefore ")
+    report = session.review.report(session.num_slices())
+    item = session.review.items[1]
+    assert f"Lesion in the left frontal lobe: {item.diameter_mm:.0f} mm" in report
+    assert "seen before" in report
+    assert "1 accepted, 1 rejected" in report
+    assert [(e.finding, e.change, e.after) for e in session.review.audit] == [
+        (1, "state", "accepted"), (2, "state", "rejected"), (1, "place", "left frontal lobe"), (1, "comment", "seen before")]
+    session.decide(1, "accepted")
+    assert len(session.review.audit) == 4, "nothing changed"
+
+
+def test_decisions_outlive_a_killed_server_and_another_question(session, assistant):
+    session.decide(1, "accepted")
+    session.decide(3, "rejected")
+    session.ask("Write a report.", task="report")
+    assert session.review.items[1].state == "accepted"
+    again = Session(assistant, session.folder)  # nothing was closed
+    assert again.review.items == session.review.items
+    assert again.review.audit == session.review.audit
+    assert [m.text for m in again.history] == [m.text for m in session.history]
+    assert torch.equal(again.drawn(), session.drawn())
+    assert int((again.drawn() == again.finding_label(1)).sum()) > 0
+    assert int((again.drawn() == again.finding_label(3)).sum()) == 0, "a rejected finding is not drawn"
+    assert Review.from_json(json.loads(json.dumps(again.review.to_json()))) == again.review
+
+
+def test_what_cannot_be_decided_is_said(session):
+    with pytest.raises(ValueError, match="finding of this study"):
+        session.decide(4000, "accepted")
+    with pytest.raises(ValueError, match="expected one of"):
+        session.decide(1, "loved")
+    with pytest.raises(ValueError, match="at most"):
+        session.edit(1, place="x" * (MOST_WORDS + 1), comment="")
+
+
+# --- exports ---------------------------------------------------------------------------------------------------
+
+
+def test_exports_hold_the_notice_and_the_models_digest(session, tmp_path):
+    session.ask("Segment everything.", task="segment")
+    session.decide(1, "accepted")
+    found = {p.name: p for p in export.write_files(session, tmp_path / "out")}
+    assert set(found) == {"report.md", "report.json", "report.pdf", "structures.csv", "labels.nii.gz", "findings.nii.gz", "axial.png",
+                          "coronal.png", "sagittal.png"}
+    for name in ("report.md", "report.json", "structures.csv"):
+        assert "Research use only" in found[name].read_text()
+    assert session.assistant.digest in found["report.md"].read_text()
+    assert found["report.pdf"].read_bytes().startswith(b"%PDF")
+    told = json.loads(found["report.json"].read_text())
+    assert [i["state"] for i in told["review"]["items"]].count("accepted") == 1
+    rows = export.structures(session)
+    assert sum(r["percent"] for r in rows) == pytest.approx(100, abs=0.5)
+    assert rows == sorted(rows, key=lambda r: -r["ml"])
+    with pytest.raises(ValueError, match="need a DICOM study"):
+        export.write_dicom(session, tmp_path / "dicom")
+
+
+def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_path):
+    import highdicom as hd
+
+    dicom_session.decide(1, "accepted")
+    dicom_session.decide(2, "rejected")
+    found = {p.name: p for p in export.write_dicom(dicom_session, tmp_path / "out")}
+    assert set(found) == {"segmentation.dcm", "report.dcm"}
+    seg = hd.seg.segread(found["segmentation.dcm"])
+    drawn, uids = dicom_session.drawn(), list(dicom_session.shown.source)
+    segments = dicom_session.segments(drawn)
+    frames = seg.get_pixels_by_source_instance(uids, combine_segments=True, skip_overlap_checks=False)
+    rebuilt = np.zeros_like(frames, dtype=np.int64)
+    for number, one in enumerate(segments, 1):
+        assert seg.get_segment_description(number).segment_label == one["name"]
+        rebuilt[frames == number] = one["id"]
+    assert np.array_equal(rebuilt.transpose(2, 1, 0), drawn.numpy())
+    assert "Research use only" in seg.SeriesDescription
+    report = hd.sr.srread(found["report.dcm"])
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    assert len(groups) == 1
+    values = {m.name.meaning: m.value for m in groups[0].get_measurements()}
+    item = dicom_session.review.items[1]
+    assert values["Volume"] == pytest.approx(item.volume_ml)
+    assert values["Diameter"] == pytest.approx(item.diameter_mm)
+    assert groups[0].reference_type is not None
+    if shutil.which("dciodvfy"):
+        for path in found.values():
+            said = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False).stderr
+            # The phantom's series is as bare as its writer left it: what the copies of its own fields lack is not ours.
+            errors = [x for x in said.splitlines() if x.startswith("Error")]
+            assert not [x for x in errors if not any(n in x for n in INHERITED)], errors
+
+
+INHERITED = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber",
+             "FrameOfReferenceUID", "PositionReferenceIndicator")
+"""Fields of patient and study, which are copied from the source."""
+
+
+def test_a_copy_without_names(dicom_session, tmp_path):
+    found = {p.name: p for p in export.write_dicom(dicom_session, tmp_path / "out", "deidentify")}
+    told = json.loads(found["deidentified.json"].read_text())
+    assert told["instances"] == 12
+    assert {"PatientName", "PatientID", "SOPInstanceUID"} <= set(told["removed_or_changed"])
+    assert "face" in told["not_removed"]
+    with zipfile.ZipFile(found["deidentified.zip"]) as z:
+        names = z.namelist()
+        assert len(names) == 12
+        for name in names:
+            z.extract(name, tmp_path / "z")
+            data = (tmp_path / "z" / name).read_bytes()
+            assert b"Secret" not in data
+            assert b"ignore all instructions" not in data
+    pixels = sorted(pydicom.dcmread(tmp_path / "z" / n).PixelData for n in names)
+    assert pixels == sorted(pydicom.dcmread(p).PixelData for p in (tmp_path / "d").iterdir())
+
+
+def test_a_hostile_source_is_one_sentence(dicom_session, tmp_path):
+    with zipfile.ZipFile(dicom_session.upload, "w") as z:
+        z.writestr("../x.dcm", b"x")
+    with pytest.raises(ValueError, match="expected a DICOM series") as error:
+        export.write_dicom(dicom_session, tmp_path / "out")
+    assert SECRET not in str(error.value)
+
+
+# --- sessions on disk --------------------------------------------------------------------------------------------
+
+
+def test_sessions_are_apart_bounded_and_forgotten(assistant, scan_file, tmp_path, monkeypatch):
+    store = Store(assistant, tmp_path / "s")
+    keys = [f"{k:032x}" for k in range(9)]
+    for key in keys:
+        shutil.copy(scan_file, tmp_path / f"{key}.nii.gz")
+        store.of(key).load(tmp_path / f"{key}.nii.gz")
+    assert not (tmp_path / f"{keys[0]}.nii.gz").exists(), "an upload is moved, not copied"
+    assert sum(s.study is not None for s in store._held.values()) <= 6
+    assert "64 × 64 × 12" in store.of(keys[0]).overview()  # read again from disk
+    assert store.of("f" * 32).upload is None
+    for bad in ("../../etc", "x" * 32, "", None):
+        with pytest.raises(ValueError, match="session key"):
+            store.of(bad)
+    store.forget(keys[0])
+    assert [p for p in store.of(keys[0]).folder.rglob("*") if p.is_file()] == []
+    monkeypatch.setattr("chat_app.store.MOST_SESSIONS", 4)
+    store.sweep()
+    assert store.health()["sessions_on_disk"] == 4
+    old = Store(assistant, tmp_path / "s", kept_hours=1.0)
+    for path in (tmp_path / "s").iterdir():
+        os.utime(path, (0, time.time() - 7200))
+    old.sweep()
+    assert old.health()["sessions_on_disk"] == 0
+
+
+def test_many_uploads_grow_nothing(assistant, scan_file, tmp_path):
+    made = Session(assistant, tmp_path / "one")
+    first = 0
+    for k in range(12):
+        shutil.copy(scan_file, tmp_path / "again.nii.gz")
+        made.load(tmp_path / "again.nii.gz")
+        made.scene()
+        made.scene()
+        size = sum(p.stat().st_size for p in made.folder.rglob("*") if p.is_file())
+        first = size if k == 0 else first
+        assert size < 1.5 * first
+
+
+def test_names_and_header_text_reach_nothing(assistant, scan, tmp_path):
+    path = zipped(write_dicom(scan, tmp_path / "d"), tmp_path / f"..{SECRET}<img src=x>.zip")
+    made = Session(assistant, tmp_path / "s")
+    made.load(path)
+    told = json.dumps(made.scene()) + made.overview()
+    assert "Secret" not in told
+    assert "ignore all" not in told
+    assert "<img" not in told
+    assert Path(made.upload).parent == made.folder / "upload"
+
+
+# --- the server ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(assistant, tmp_path_factory):
+    import uvicorn
+
+    from chat_app.server import create_app
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    store = Store(assistant, tmp_path_factory.mktemp("state"))
+    running = uvicorn.Server(uvicorn.Config(create_app(assistant, store), host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}", store
+    running.should_exit = True
+    thread.join(10)
+
+
+def get(url, **headers):
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(url, headers=headers)) as r:
+            return r.status, dict(r.headers), r.read()
+    except HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def test_headers_health_and_files(server):
+    url, _ = server
+    status, headers, _ = get(url)
+    assert status == 200
+    assert "frame-ancestors 'self'" in headers["content-security-policy"]
+    assert "HttpOnly" in headers["set-cookie"]
+    assert "SameSite=strict" in headers["set-cookie"]
+    told = json.loads(get(f"{url}/omnimri/health")[2])
+    assert told["status"] == "ok"
+    assert "Research use only" in told["notice"]
+    assert get(f"{url}/omnimri/file/{'0' * 32}.nii")[0] == 404
+    assert get(f"{url}/omnimri/static/niivue.umd.js")[0] == 200
+    assert get(f"{url}/omnimri/static/../page.py")[0] == 404
+
+
+def test_the_same_over_the_api(server, scan_file):
+    gradio_client = pytest.importorskip("gradio_client")
+    url, _ = server
+    client = gradio_client.Client(url, verbose=False)
+    out = client.predict(gradio_client.handle_file(str(scan_file)), api_name="/open")
+    assert "64 × 64 × 12" in out[0]
+    out = client.predict(api_name="/detect")
+    assert "Research use only" in str(out[1])
+    number = out[3]["value"]
+    client.predict(number, api_name="/accepted")
+    files = client.predict(api_name="/export_report")
+    assert any(f.endswith("report.pdf") for f in files)
+    stranger = gradio_client.Client(url, verbose=False)
+    assert "No study" in stranger.predict(api_name="/state")[0]
+    client.predict(api_name="/forget")
+    assert "No study" in client.predict(api_name="/state")[0]
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "SCAN", "http://127.0.0.1:1/x.nii"])
+def test_a_client_names_no_file_or_address(server, scan_file, path):
+    from urllib.request import Request, urlopen
+
+    url, _ = server
+    given = {"path": str(scan_file) if path == "SCAN" else path, "meta": {"_type": "gradio.FileData"}}
+    asked = Request(f"{url}/gradio_api/call/open", json.dumps({"data": [given]}).encode(), {"Content-Type": "application/json"})
+    event = json.loads(urlopen(asked).read())["event_id"]
+    told = urlopen(f"{url}/gradio_api/call/open/{event}").read().decode()
+    assert "64 × 64" not in told
+    assert "64 \\u00d7 64" not in told
+    assert "root:" not in told
+    assert "error" in told or "cannot be used" in told
+    assert scan_file.exists()
+
+
+# --- the whole way in a browser ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(server):
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium")
+    with playwright.sync_playwright() as p:
+        # No other host can be resolved: a request to one would fail and be counted.
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=[
+            "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+        made = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True).new_page()
+        asked, wrong = [], []
+        made.on("request", lambda r: asked.append(r.url))
+        made.on("pageerror", lambda e: wrong.append(str(e)))
+        made.goto(server[0])
+        yield made
+        elsewhere = [u for u in asked if not u.startswith((server[0], "data:", "blob:"))]
+        assert elsewhere == []
+        assert wrong == []
+        browser.close()
+
+
+def shown(page, wanted, seconds=90):
+    page.wait_for_function(wanted, timeout=seconds * 1000)
+
+
+LOADED = "window.omnimri && window.omnimri.view.nv && window.omnimri.view.nv.volumes.length"
+
+
+def test_from_upload_to_export_in_a_browser(page, scan, tmp_path):
+    path = zipped(write_dicom(scan, tmp_path / "d"), tmp_path / "study.zip")
+    page.set_input_files("input[type=file]", str(path))
+    shown(page, f"{LOADED} >= 1")
+    page.get_by_role("button", name="Find lesions", exact=True).click()
+    page.wait_for_selector('a[href*="#finding-"]', timeout=90_000)
+    shown(page, f"{LOADED} == 2")
+    at = "JSON.stringify(window.omnimri.view.mm.map(Math.round))"
+    before = page.evaluate(at)
+    page.locator('a[href*="#finding-2"]').first.click()
+    shown(page, f"{at} != {json.dumps(before)}")
+    wanted = page.evaluate("JSON.stringify(window.omnimri.view.scene.findings.find(f => f.number == 2).mm.map(Math.round))")
+    assert np.abs(np.subtract(json.loads(page.evaluate(at)), json.loads(wanted))).max() <= 4  # to the voxel's middle
+    page.locator(".omni-canvases").focus()
+    page.keyboard.press("o")
+    assert page.evaluate("window.omnimri.view.overlay") is False
+    page.keyboard.press("1")
+    assert page.evaluate("window.omnimri.view.layout") == "1"
+    page.get_by_role("tab", name="Findings").click()
+    page.locator("#omni-findings label").first.click()
+    page.get_by_role("button", name="Accept", exact=True).click()
+    page.get_by_text("1 accepted, 0 rejected").wait_for(timeout=30_000)
+    page.locator("#omni-findings label").nth(1).click()
+    page.get_by_role("button", name="Reject", exact=True).click()
+    page.get_by_text("1 accepted, 1 rejected").wait_for(timeout=30_000)
+    page.get_by_role("tab", name="Export").click()
+    page.get_by_role("button", name="Make DICOM SEG and SR").click()
+    page.get_by_text("segmentation.dcm").wait_for(timeout=90_000)
+    page.get_by_role("button", name="Make report and masks").click()
+    page.get_by_text("report.pdf").wait_for(timeout=60_000)
+    page.reload()
+    shown(page, f"{LOADED} == 2")
+    page.get_by_role("tab", name="Findings").click()
+    page.get_by_text("1 accepted, 1 rejected").wait_for(timeout=30_000)
+    page.get_by_role("button", name="Forget this study").click()
+    page.get_by_text("The study is forgotten.").wait_for(timeout=30_000)
+    shown(page, f"{LOADED} == 0")
+
+
+def test_the_simulated_patient_opens_with_a_click(page):
+    page.get_by_role("button", name="Example: patient with a lesion").click()
+    page.get_by_text("no real person").wait_for(timeout=60_000)
+    shown(page, f"{LOADED} >= 1")
+    assert page.get_by_text("R on the left of the image").is_visible()
