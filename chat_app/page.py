@@ -175,10 +175,14 @@ class Page:
         threading.Thread(target=work, daemon=True).start()
         try:
             while True:
-                kind, value = pieces.get()
+                try:
+                    kind, value = pieces.get(timeout=0.5)
+                except queue.Empty:
+                    yield gr.skip(), chat, *keep[1:], ""  # a stopped generator ends at its next yield
+                    continue
                 if kind != "text":
                     break
-                chat[-1]["content"] = value or "…"
+                chat[-1]["content"] = value or chat[-1]["content"]
                 yield gr.skip(), chat, *keep[1:], ""
         finally:
             stopped.set()

@@ -47,6 +47,10 @@ LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
 
 
+class StoppedError(ValueError):
+    """Whoever listened did not want the answer any more."""
+
+
 class Assistant:
     """A loaded model that answers questions about studies. Thread-safe: one question at a time."""
 
@@ -64,8 +68,17 @@ class Assistant:
 
     # --- looking ----------------------------------------------------------------------------------------------
 
-    def examine(self, volume: Volume) -> Examination:
-        """The examination of a volume; the last few are kept."""
+    def examine(self, volume: Volume, on_text: Callable[[str], bool] | None = None) -> Examination:
+        """The examination of a volume; the last few are kept.
+
+        Raises:
+            StoppedError: `on_text`, which is called now and then, returned False.
+        """
+
+        def check() -> None:
+            if on_text is not None and on_text("") is False:
+                raise StoppedError("the answer was stopped")
+
         key = id(volume)
         if key not in self._seen or self._seen[key][0] is not volume:
             config = self.model.config
@@ -75,6 +88,7 @@ class Assistant:
                 volume,
                 lesion_threshold=getattr(config, "lesion_threshold", 0.5),
                 least_lesion_ml=getattr(config, "least_lesion_ml", 0.05),
+                check=check,
             )
             self._seen[key] = (volume, seen)
             while len(self._seen) > KEPT_EXAMINATIONS:
@@ -119,11 +133,11 @@ class Assistant:
         Args:
             history: Earlier turns, with slots (`Answer.raw`), never filled text.
             task: Forces a task token; the model chooses where None.
-            on_text: Called with the text so far; return False to stop.
+            on_text: Called with the text so far, which is empty while the study is looked at; return False to stop.
             beams: Beams of the search; streaming needs 1.
 
         Raises:
-            ValueError: the question is empty or too long, or the task is unknown.
+            ValueError: the question is empty or too long, the task is unknown, or the answer was stopped before it began.
         """
         question = question.strip()
         if not question:
@@ -168,7 +182,7 @@ class Assistant:
         beams: int,
     ) -> Answer:
         volume = study.named(question) or study.primary
-        seen = self.examine(volume)
+        seen = self.examine(volume, on_text)
         if not seen.in_scope:
             return self._answer(study, seen, "I cannot judge this study: it is unlike the images I was trained on.",
                                 task or "text", torch.zeros_like(seen.labels), ())

@@ -5,7 +5,7 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -118,8 +118,12 @@ def examine(
     *,
     lesion_threshold: float,
     least_lesion_ml: float,
+    check: Callable[[], None] = lambda: None,
 ) -> Examination:
     """Look at a volume: first the slices for language, then every slice for masks, then what they show.
+
+    Args:
+        check: Called every second or so; what it raises ends the look.
 
     Raises:
         ValueError: the volume has no contrast.
@@ -129,19 +133,24 @@ def examine(
     num_slices = len(example.chosen)
     states = _query_states(model, tokenizer, grid.plane, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
-    fine, heat = _decode(model, example, states["<detect>"])
+    fine, heat = _decode(model, example, states["<detect>"], check)
     score = scope_score(model, shown, queries, fine)
     views = [View(grid, fine, queries)]
     for plane in more_planes(volume, grid.plane) if score <= 1.0 else ():
         other = Grid.fit(volume, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
         turned, seen_there, _ = _look(model, tokenizer, volume, other)
         asked = _query_states(model, tokenizer, plane, seen_there, len(turned.chosen))
-        turned_fine, _ = _decode(model, turned, asked["<detect>"])
+        turned_fine, _ = _decode(model, turned, asked["<detect>"], check)
         views.append(View(other, turned_fine, model.heads["segment"].queries(asked["<segment>"][None])))
-    logits = [(structure_logits(model, v.queries, v.fine), v.grid) for v in views]
+    logits = []
+    for view in views:
+        check()
+        logits.append((structure_logits(model, view.queries, view.fine), view.grid))
     segment = Segment()
+    check()
     labels = segment.read(*((x[:-1], g) for x, g in logits))
     # The lesion threshold is calibrated on one plane's probability.
+    check()
     probability = segment.read_lesion(logits[0][0][-1], grid)
     del logits
     brain = labels > 0
@@ -306,12 +315,13 @@ def _query_states(
     return {t: model.hidden_at(ids, hidden, t)[1] for t in ("<segment>", "<detect>")}
 
 
-def _decode(model: OmniMRI, example: Example, detect_state: Tensor) -> tuple[Tensor, Tensor]:
+def _decode(model: OmniMRI, example: Example, detect_state: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Pixel features of every slice, (S, 4 C, H/2, W/2) half precision, and detection maps (S, 7, h, w)."""
     positions = example.positions_mm
     reach = 2.5 * model.heads["pixels"].depth.reach_mm
     fine, heat = [], []
     for part in _chunks(len(positions)):
+        check()
         near = torch.nonzero((positions >= positions[part[0]] - reach) & (positions <= positions[part[-1]] + reach))
         near = near.flatten()
         images = example.images[None, near]

@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of label maps; the phantom calibrates where it is not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--keep-calibration", action="store_true", help="thresholds and scope as they were before this run: for one that "
+                        "moved nothing they depend on")
     args = parser.parse_args(argv)
     try:
         source = resolve(args.run)
@@ -166,11 +168,17 @@ def main(argv: list[str] | None = None) -> int:
             training = held_out = Phantom(**size)
         rounded = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
         model.load_state_dict({k: v.float() for k, v in rounded.items()})
-        told = calibrate(model, tokenizer, training, held_out, count=args.count)
+        provenance = json.loads((source / "provenance.json").read_text())
+        if args.keep_calibration:
+            told = next((p["calibration"] for p in reversed(provenance["before"]) if "calibration" in p), None)
+            if told is None:
+                raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
+        else:
+            told = calibrate(model, tokenizer, training, held_out, count=args.count)
         rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
         for tied in model._tied_weights_keys:
             rounded.pop(tied)
-        provenance = json.loads((source / "provenance.json").read_text()) | {"calibration": told, "weights_dtype": "bfloat16"}
+        provenance |= {"calibration": told, "weights_dtype": "bfloat16"}
         partial = args.out.with_name(f".{args.out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

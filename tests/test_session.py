@@ -102,3 +102,15 @@ def test_history_holds_slots_not_numbers(session, scan_file):
     for message in session.history:
         if message.role == "assistant":
             assert not any(c.isdigit() for c in message.text.replace("T1", "").replace("T2", "").replace("3rd", "").replace("4th", ""))
+
+
+def test_a_stopped_answer_frees_the_assistant(assistant, scan_file, tmp_path):
+    """Nobody listens: the look at the study ends at its next check, nothing is said, and the next question is answered."""
+    session = Session(assistant, tmp_path / "stopped")
+    session.load(scan_file, keep=False)
+    assistant.forget()
+    with pytest.raises(ValueError, match="stopped"):
+        session.ask("Write a report.", task="report", on_text=lambda text: False)
+    assert session.history == []
+    assert not assistant._lock.locked()
+    assert session.ask("What sequence and plane is this?").text

@@ -111,6 +111,8 @@
   async function created(canvas) {
     const nv = new Niivue({ backColor: [0, 0, 0, 1], crosshairColor: [1, 0.85, 0, 0.7], show3Dcrosshair: true, isRadiologicalConvention: true,
       dragAndDropEnabled: false, multiplanarForceRender: false, isColorbar: false, loadingText: "" });
+    nv.opts.crosshairWidthUnit = "mm";
+    nv.opts.crosshairWidth = 0.6;
     nv.opts.showAllOrientationMarkers = true;
     nv.opts.fontColor = [1, 0.85, 0, 1];
     await nv.attachToCanvas(canvas);
