@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About three hours of CPU time.
+# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About five hours of CPU time.
 # Usage: stages/embedded.sh LABEL_MAP_FOLDER RUN_FOLDER
 set -euo pipefail
 data=$1 runs=$2
@@ -12,7 +12,14 @@ few=(--set num_slices=4 --set max_slices=4)
 stage pretrain --init "$runs/align" --out "$runs/pretrain" --set steps=6000 --set mask_share=0.65 --set word_share=0.1 "${few[@]}"
 # Words alone, in larger batches: what masks show, said in words on the card, is learnt from many studies at once.
 still=(--set 'learning_rate.vision.*=0' --set 'learning_rate.heads.*=0' --set 'learning_rate.projector.*=0' --set 'learning_rate.language.*=0.001')
-stage pretrain --init "$runs/pretrain" --out "$runs/words" --set steps=700 --set batch_size=4 --set mask_share=0 --set word_share=0.999 "${still[@]}" "${few[@]}"
+stage pretrain --init "$runs/pretrain" --out "$runs/words" --set steps=700 --set batch_size=4 --set mask_share=0 --set word_share=0.999 \
+    --set image_share=0 "${still[@]}" "${few[@]}"
 # Then the queries are brought back to the masks.
 stage instruct --init "$runs/words" --out "$runs/instruct" --set steps=250 --set batch_size=4 --set mask_share=0 --set word_share=0.55 "${few[@]}"
-python -m stages.release "$runs/instruct" --data "$data" --out omnimri/embedded --count 120
+python -m stages.release "$runs/instruct" --data "$data" --out "$runs/calibrated" --count 120
+# Reconstruction alone, on large matrices: nothing else moves, so that masks, words and thresholds stay what they are.
+alone=(--set mask_share=0 --set word_share=0 --set image_share=0.9999 --set 'learning_rate.vision.*=0' --set 'learning_rate.projector.*=0'
+    --set 'learning_rate.language.*=0' --set 'learning_rate.heads.reconstruct.*=0.001' --set 'learning_rate.heads.*=0')
+stage pretrain --init "$runs/calibrated" --out "$runs/reconstruct" --set steps=11000 --set batch_size=2 --set kspace_size=160 --set num_slices=2 \
+    --set max_slices=2 "${alone[@]}"
+python -m stages.release "$runs/reconstruct" --out omnimri/embedded --keep-calibration

@@ -137,13 +137,14 @@ class ReconstructHead(nn.Module):
             image = image - step * off - _complex(change[..., :h, :w])
         with fast:
             assert features is not None
-            spread = F.pixel_shuffle(self.spread(features.detach()), 2)[:, 0, :h, :w]
+            spread = F.pixel_shuffle(self.spread(torch.asinh(features.detach())), 2)[:, 0, :h, :w]
         complete = mask.all(-1).all(-1)[:, None, None]
         if bool(complete.any()) and estimated:  # what no sensitivities can spoil: the root-sum-of-squares
             measured = torch.polar(ifft2c(kspace).abs().square().sum(1).sqrt(), measured.angle())
         return Reconstructed(
             image=torch.where(complete, measured, image * scale),
-            spread=torch.where(complete, 0.0, F.softplus(spread.float() - 4) * scale),
+            # Between e^-8 and e^-1 of the brightest: what lies far from the training data must not run away.
+            spread=torch.where(complete, 0.0, torch.exp(7 * torch.sigmoid(spread.float()) - 8) * scale),
             coils=coils,
         )
 
