@@ -367,5 +367,6 @@ def picture(assistant: Assistant, path: Path, out: Path) -> None:
     figure.suptitle(
         f"{NOTICE} {100 * found.sampled:.0f} % of the samples, {found.coils} coils; residual {found.residuals[0]:.2f} times the noise"
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80)
     pyplot.close(figure)
