@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 from omnimri.answer import NOTICE
 from omnimri.io import warm
@@ -226,12 +228,17 @@ class Page:
         """Exports: `report`, `dicom` or `deidentify`."""
         session = self.session(request)
         try:
-            if kind == "report":
-                return [str(p) for p in export.write_files(session, session.folder / "export")]
             task = "segmentation" if kind == "dicom" else "deidentify"
-            return [str(p) for p in export.write_dicom(session, session.folder / f"export-{task}", task)]
+            made = (
+                export.write_files(session, session.folder / "export")
+                if kind == "report"
+                else export.write_dicom(session, session.folder / f"export-{task}", task)
+            )
         except ValueError as error:
             raise gr.Error(str(error)) from None
+        copies = [save_file_to_cache(p, get_upload_folder()) for p in made]
+        session.hand_out_copies(copies)
+        return copies
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         """Remove everything of this session."""

@@ -80,6 +80,16 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
 
     blocks = build(store)
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
+    # Darker than Gradio's own, whose white on orange falls short of WCAG's AA.
+    theme = gr.themes.Default(primary_hue="blue").set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_text_color="#ffffff",
+    )
     mounted = gr.mount_gradio_app(
         app,
         blocks,
@@ -92,8 +102,8 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
         enable_monitoring=False,
         footer_links=[],
         show_error=True,
-        allowed_paths=[str(store.folder)],
         ssr_mode=False,
+        theme=theme,
     )
     guard(blocks)
     return mounted

@@ -97,6 +97,8 @@ class Session:
         self.review = Review()
         self.upload: str | None = None
         """Name of the study's file in `upload/`, or of an example."""
+        self.outside: list[str] = []
+        """Copies of exports that the server hands out from its own cache."""
         self.handed_out: dict[str, Path] = {}
         """Token -> file that the viewer may fetch."""
         self.revision = 0
@@ -166,6 +168,9 @@ class Session:
         """Forget the study and everything said about it."""
         self.unload()
         self.history, self.chat, self.review, self.upload = [], [], Review(), None
+        for name in self.outside:
+            Path(name).unlink(missing_ok=True)
+        self.outside = []
         self.revision += 1
         self.assistant.forget()
         for path in self.folder.iterdir():
@@ -187,6 +192,7 @@ class Session:
                 "history": [[m.role, m.text] for m in self.history],
                 "chat": self.chat,
                 "review": self.review.to_json(),
+                "outside": self.outside,
                 "revision": self.revision,
             },
         )
@@ -197,6 +203,7 @@ class Session:
         except (OSError, ValueError):
             return
         self.upload, self.chat, self.revision = told["upload"], told["chat"], told["revision"]
+        self.outside = told["outside"]
         self.history = [Message(r, t) for r, t in told["history"]]
         self.review = Review.from_json(told["review"])
         if self.upload is None or not Path(self.upload).exists():
@@ -264,6 +271,11 @@ class Session:
     def edit(self, number: int, *, place: str, comment: str) -> None:
         """Change the words of a finding; kept on disk before this returns."""
         self.review.edit(number, place=place, comment=comment)
+        self._save()
+
+    def hand_out_copies(self, paths: list[str]) -> None:
+        """Remember copies that lie elsewhere, so that they go when the study is forgotten."""
+        self.outside += [p for p in paths if p not in self.outside]
         self._save()
 
     def num_slices(self) -> int:

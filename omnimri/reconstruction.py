@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .espirit import espirit
 from .model.omnimri import OmniMRI
-from .physics import fit_coils, ifft2c, sense_adjoint
+from .physics import fit_coils, ifft2c
 from .tasks import Reconstruct
 from .tasks.reconstruct import Reconstructed
 from .volume import KSpace, Volume
@@ -139,7 +139,7 @@ def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned", keep_
             residuals += (residual_of(found, data, mask) / level).tolist()
             parts = [found.image.abs(), found.spread]
             if keep_zero_filled:
-                parts.append(sense_adjoint(data, mask.to(data.real.dtype), found.coils).abs())
+                parts.append(found.zero_filled.abs())
             parts = [_shown(p.transpose(1, 2) if lines else p, kspace.crop).cpu() for p in parts]
             for store, part in zip((images, spreads, simple), parts, strict=False):
                 store.append(part)

@@ -249,6 +249,8 @@ def server(assistant, tmp_path_factory):
 
     from chat_app.server import create_app
 
+    cache = tmp_path_factory.mktemp("gradio")
+    before, os.environ["GRADIO_TEMP_DIR"] = os.environ.get("GRADIO_TEMP_DIR"), str(cache)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -261,6 +263,9 @@ def server(assistant, tmp_path_factory):
     yield f"http://127.0.0.1:{port}", store
     running.should_exit = True
     thread.join(10)
+    os.environ.pop("GRADIO_TEMP_DIR")
+    if before is not None:
+        os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def get(url, **headers):
@@ -301,9 +306,12 @@ def test_the_same_over_the_api(server, scan_file):
     client.predict(number, api_name="/accepted")
     files = client.predict(api_name="/export_report")
     assert any(f.endswith("report.pdf") for f in files)
+    copies = [p for s in server[1]._held.values() for p in s.outside]
+    assert any(Path(p).exists() for p in copies)
     stranger = gradio_client.Client(url, verbose=False)
     assert "No study" in stranger.predict(api_name="/state")[0]
     client.predict(api_name="/forget")
+    assert not any(Path(p).exists() for p in copies)
     assert "No study" in client.predict(api_name="/state")[0]
 
 
@@ -392,6 +400,8 @@ def test_from_upload_to_export_in_a_browser(page, scan, tmp_path):
     page.get_by_role("button", name="Forget this study").click()
     page.get_by_text("The study is forgotten.").wait_for(timeout=30_000)
     shown(page, f"{LOADED} == 0")
+    left = [p for p in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if p.is_file()]
+    assert left == [], "something of the study is left"
 
 
 def test_the_simulated_patient_opens_with_a_click(page):
