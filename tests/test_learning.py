@@ -60,9 +60,9 @@ def runs(request, tmp_path_factory):
     # Both towers stay as they are, as in locked-image tuning: so short a run would only unsettle them.
     locked = {"learning_rate.vision.*": 0, "learning_rate.language.*": 0}
     stage("align", home / "align", init=home / "vision", steps=120, batch_size=32, **locked, **drawn)
-    shares = {"mask_share": 0.27, "word_share": 0.66}
+    shares = {"mask_share": 0.27, "word_share": 0.66, "image_share": 0}
     stage("pretrain", home / "pretrain", init=home / "align", steps=640, batch_size=3, **shares, **shared)
-    shares = {"mask_share": 0, "word_share": 0.9}
+    shares = {"mask_share": 0, "word_share": 0.9, "image_share": 0}
     stage("instruct", home / "instruct", init=home / "pretrain", steps=40, batch_size=3, **shares, **shared)
     return home
 

@@ -74,7 +74,7 @@ def read_ismrmrd(path: Path, group: Any) -> Raw:
     coils = int(heads["active_channels"][keep].max(initial=0))
     samples, first = heads["number_of_samples"].astype(int), x // 2 - heads["center_sample"].astype(int)
     keep = keep[(heads["active_channels"][keep] == coils) & (first[keep] >= 0) & (first[keep] + samples[keep] <= x)]
-    slices = int(index["slice"][keep].max(initial=-1)) + 1
+    slices = int(index["slice"][keep].astype(int).max(initial=-1)) + 1
     mask = np.zeros((1, y), bool)
     mask[0, index["kspace_encode_step_1"][keep]] = True
 
