@@ -281,7 +281,7 @@ class Reconstructions:
 
     def table(self) -> Table:
         """Means over the cases after the choosing ones."""
-        t = Table("synthetic", "Reconstruction of undersampled k-space (coil maps estimated by one method for all)")
+        t = Table("synthetic", "Reconstruction of undersampled k-space (peers with sensitivities of its middle)")
         first = self.cases[: self.CHOOSING]
         chosen = None
         if any(name.startswith(WAVELET) for found, _, _ in first for name in found):
