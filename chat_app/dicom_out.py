@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-NOTICE = "Research use only. Not a medical device."
+from omnimri.cli import NOTICE
+
 COPIED = (
     "PatientID",
     "PatientName",
@@ -53,6 +54,19 @@ def instances(source: Path, room: Path, wanted: set[str] | None) -> list[tuple[P
         if wanted is None or uid in wanted:
             found.append((path, header))
     return found
+
+
+def _object_of(series_number: int) -> dict[str, Any]:
+    """What names a new object: one instance in a series of its own."""
+    from highdicom import UID
+
+    return {
+        "series_instance_uid": UID(),
+        "series_number": series_number,
+        "sop_instance_uid": UID(),
+        "instance_number": 1,
+        "manufacturer": "OmniMRI",
+    }
 
 
 def write_seg(request: dict[str, Any], series: list[Any], labels: np.ndarray, out: Path) -> Any:
@@ -94,11 +108,7 @@ def write_seg(request: dict[str, Any], series: list[Any], labels: np.ndarray, ou
         pixel_array=frames,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=segments,
-        series_instance_uid=hd.UID(),
-        series_number=900,
-        sop_instance_uid=hd.UID(),
-        instance_number=1,
-        manufacturer="OmniMRI",
+        **_object_of(900),
         manufacturer_model_name=request["model"]["name"][:64],
         software_versions=request["model"]["checkpoint_sha256"][:16],
         device_serial_number="0",
@@ -126,8 +136,8 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     for finding in request["findings"]:
         site = hd.sr.FindingSite(anatomic_location=codes.SCT.Brain, laterality=sides.get(finding["side"]))
         numbers = (
-            ("Volume", finding["volume_ml"], codes.SCT.Volume, hd.sr.CodedConcept("mL", "UCUM", "milliliter")),
-            ("Diameter", finding["diameter_mm"], codes.SCT.Diameter, codes.UCUM.Millimeter),
+            (finding["volume_ml"], codes.SCT.Volume, hd.sr.CodedConcept("mL", "UCUM", "milliliter")),
+            (finding["diameter_mm"], codes.SCT.Diameter, codes.UCUM.Millimeter),
         )
         groups.append(
             hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
@@ -135,7 +145,7 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
                 referenced_segment=hd.sr.ReferencedSegment.from_segmentation(seg, segment_number=finding["segment"]),
                 finding_type=codes.SCT.Lesion,
                 finding_sites=[site],
-                measurements=[hd.sr.Measurement(name=name, value=float(value), unit=unit) for _, value, name, unit in numbers],
+                measurements=[hd.sr.Measurement(name=name, value=float(value), unit=unit) for value, name, unit in numbers],
             )
         )
     report = hd.sr.MeasurementReport(
@@ -148,11 +158,7 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     made = hd.sr.Comprehensive3DSR(
         evidence=[*series, seg],
         content=report,
-        series_instance_uid=hd.UID(),
-        series_number=901,
-        sop_instance_uid=hd.UID(),
-        instance_number=1,
-        manufacturer="OmniMRI",
+        **_object_of(901),
         is_complete=True,
         is_final=False,
         is_verified=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from omnimri.anatomy import PLANES
 from omnimri.answer import NOTICE
+from omnimri.io.nifti import write_nifti
+from omnimri.io.sandbox import environment
 
-from .session import LABEL_NAMES, Session
+from .session import Session
+from .views import LABEL_NAMES
 
 TIME_S = 180
 NOT_DICOM = "SEG, SR and a de-identified copy need a DICOM study; this one is not."
@@ -26,9 +29,10 @@ NOT_DICOM = "SEG, SR and a de-identified copy need a DICOM study; this one is no
 
 def structures(session: Session) -> list[dict[str, Any]]:
     """Every outlined structure: label, name, ml, and percent of all that is outlined inside the skull; the largest first."""
-    if session.labels is None or session.shown is None:
+    labels = session.reviewed()
+    if labels is None or session.shown is None:
         return []
-    values, counts = np.unique(session.labels.numpy(), return_counts=True)
+    values, counts = np.unique(labels.numpy(), return_counts=True)
     inside = int(counts[values > 0].sum())
     ml = session.shown.voxel_ml
     rows = [
@@ -68,32 +72,33 @@ def write_files(session: Session, folder: Path) -> list[Path]:
         raise ValueError("expected an open study to export, there is none")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    from omnimri.io.nifti import write_nifti
-
     model = {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest}
     report = session.review.report(session.num_slices())
     signature = f"Model {model['name']}, SHA-256 of the weights {model['checkpoint_sha256']}."
     (folder / "report.md").write_text(f"{report}\n\n{signature}\n")
     told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE}
     (folder / "report.json").write_text(json.dumps(told, indent=1))
-    if session.labels is not None:
+    labels = session.reviewed()
+    if labels is not None:
         (folder / "structures.csv").write_text(table_csv(session))
-        write_nifti(folder / "labels.nii.gz", session.labels, session.shown.affine)
+        write_nifti(folder / "labels.nii.gz", labels, session.shown.affine)
         if session.ranks is not None:
-            write_nifti(folder / "findings.nii.gz", session.ranks.int(), session.shown.affine)
+            rejected = torch.tensor([i.number for i in session.review.in_state("rejected")], dtype=torch.int32)
+            ranks = session.ranks.int()
+            write_nifti(folder / "findings.nii.gz", torch.where(torch.isin(ranks, rejected), 0, ranks), session.shown.affine)
     images = key_images(session, folder)
     write_pdf(folder / "report.pdf", report, signature, structures(session), images)
     return sorted(folder.iterdir())
 
 
 def key_images(session: Session, folder: Path) -> list[Path]:
-    """A slice in each plane through the first accepted finding, else through the middle, with masks, as PNG."""
+    """A slice in each plane through most of the lesions that were not rejected, else through the middle, with masks, as PNG."""
     from PIL import Image
 
     made = []
     for plane in PLANES:
         path = folder / f"{plane}.png"
-        Image.fromarray(session.view(plane, session.best_slice(plane))).save(path)
+        Image.fromarray(session.key_image(plane)).save(path)
         made.append(path)
     return made
 
@@ -163,19 +168,15 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
         ]
         np.savez_compressed(folder / "masks.npz", labels=labels.numpy().astype(np.uint16))
     (folder / "request.json").write_text(json.dumps(request))
-    kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
-    package = str(Path(__file__).parents[1])
-    command = [sys.executable, "-P", "-m", "chat_app.dicom_out", str(folder)]
-    done = subprocess.run(
-        command,
-        env={**kept, "PYTHONPATH": package, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-        timeout=TIME_S,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode:
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        command = [sys.executable, "-P", "-m", "chat_app.dicom_out", str(folder)]
+        done = subprocess.run(command, env=environment(folder), timeout=TIME_S, check=False, **quiet).returncode == 0
+    except subprocess.TimeoutExpired:
+        done = False
+    finally:
+        shutil.rmtree(folder / "unpacked", ignore_errors=True)
+    if not done:
         told = folder / "error.txt"
         raise ValueError(told.read_text() if told.exists() else "expected a DICOM series that can be read within limits, got another")
     if task == "deidentify":

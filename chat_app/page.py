@@ -24,7 +24,7 @@ from omnimri.io import warm
 
 from . import export
 from .session import REQUESTS, Session
-from .store import KEPT_HOURS, MOST_SESSIONS, ROOM, Store
+from .store import MOST_SESSIONS, ROOM, Store
 
 FILE_TYPES = [
     ".nii",
@@ -126,7 +126,21 @@ class Page:
             gr.update(interactive=dicom),
             gr.update(interactive=dicom),
             "" if dicom or not session.upload else export.NOT_DICOM,
+            *self.rebuilt(session),
         )
+
+    def rebuilt(self, session: Session) -> tuple[Any, ...]:
+        """The reconstruction's part of the page: shown or not, its slices, and the middle one before and after."""
+        if session.reconstruction is None:
+            return gr.update(visible=False), gr.skip(), gr.skip()
+        number = session.reconstruction.image.shape[2]
+        middle = number // 2
+        return gr.update(visible=True), gr.update(maximum=max(2, number), value=middle + 1), session.before_after("axial", middle)
+
+    def before_after(self, number: float, request: gr.Request) -> Any:
+        """A slice of the zero-filled and of the reconstructed image."""
+        both = self.session(request).before_after("axial", int(number) - 1)
+        return gr.skip() if both is None else both
 
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
         """What a reloaded page shows."""
@@ -156,9 +170,10 @@ class Page:
     def ask(self, question: str, task: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Ask; the text streams, and the work ends when nobody listens any more."""
         session = self.session(request)
+        opened = session.opened
         chat = [*session.chat, {"role": "user", "content": question}, {"role": "assistant", "content": "Looking at the study …"}]
-        keep = (gr.skip(),) * 12
-        yield gr.skip(), chat, *keep[1:], ""
+        keep = (gr.skip(),) * 14
+        yield gr.skip(), chat, *keep, ""
         pieces: queue.Queue = queue.Queue()
         stopped = threading.Event()
 
@@ -180,16 +195,16 @@ class Page:
                 try:
                     kind, value = pieces.get(timeout=0.5)
                 except queue.Empty:
-                    yield gr.skip(), chat, *keep[1:], ""  # a stopped generator ends at its next yield
+                    yield gr.skip(), chat, *keep, ""  # a stopped generator ends at its next yield
                     continue
                 if kind != "text":
                     break
                 chat[-1]["content"] = value or chat[-1]["content"]
-                yield gr.skip(), chat, *keep[1:], ""
+                yield gr.skip(), chat, *keep, ""
         finally:
             stopped.set()
-        session.say("user", question)
-        session.say("assistant", value if kind == "error" else answer_markdown(value))
+        if session.opened == opened:
+            session.say(question, value if kind == "error" else answer_markdown(value))
         yield *self.everything(session), ""
 
     def decide(self, number: str | None, state: str, request: gr.Request) -> tuple[Any, ...]:
@@ -263,7 +278,17 @@ def build(store: Store) -> gr.Blocks:
                 gr.HTML('<div id="omni-viewer" aria-label="Viewer"></div>', min_height=420)
                 with gr.Accordion("What was understood of the study", open=True):
                     understood = gr.Markdown(NONE_OPEN)
-                gr.Markdown(ROOM.format(hours=KEPT_HOURS, most=MOST_SESSIONS))
+                with gr.Accordion("Reconstruction", open=True, visible=False) as rebuilt:
+                    compare = gr.ImageSlider(
+                        label="Zero-filled (left) against reconstructed (right)",
+                        type="numpy",
+                        format="png",
+                        interactive=False,
+                        height=420,
+                        buttons=[],
+                    )
+                    which_slice = gr.Slider(1, 2, value=1, step=1, label="Slice")
+                gr.Markdown(ROOM.format(hours=store.kept_hours, most=MOST_SESSIONS))
             with gr.Column(scale=5, min_width=380):
                 with gr.Tab("Chat"):
                     chat = gr.Chatbot(
@@ -309,7 +334,8 @@ def build(store: Store) -> gr.Blocks:
                     why = gr.Markdown()
                     files = gr.File(label="Files", file_count="multiple", interactive=False)
         scene = gr.JSON(visible="hidden", elem_id="omni-scene")
-        shown = [understood, chat, scene, finding, table, report, audit, *asked, seg, bare, why]
+        shown = [understood, chat, scene, finding, table, report, audit, *asked, seg, bare, why, rebuilt, which_slice, compare]
+        which_slice.change(page.before_after, which_slice, compare, show_progress="hidden", api_name="before_after")
         scene.change(None, scene, None, js=SHOW)
         finding.change(None, finding, None, js=FIND)
         finding.change(page.detail, finding, [told, place, comment], show_progress="hidden", api_name="finding")
@@ -324,7 +350,7 @@ def build(store: Store) -> gr.Blocks:
         running = [
             question.submit(page.ask, [question, no_task], answered, api_name=False),
             send.click(page.ask, [question, no_task], answered, api_name="ask"),
-            chat.retry(_again, [chat, no_task], [question]).then(page.ask, [question, no_task], answered, api_name=False),
+            chat.retry(_again, chat, question).then(page.ask, [question, no_task], answered, api_name=False),
         ]
         running += [made.click(page.ask, [made, no_task], answered, api_name=False) for made in asked]
         for name, (words, task) in REQUESTS.items():
@@ -340,7 +366,7 @@ def build(store: Store) -> gr.Blocks:
     return blocks
 
 
-def _again(chat: list[dict[str, Any]], _: None) -> str:
+def _again(chat: list[dict[str, Any]]) -> str:
     """The last question."""
     asked = [m["content"] for m in chat if m["role"] == "user"]
     last = asked[-1] if asked else ""

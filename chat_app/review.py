@@ -72,12 +72,8 @@ class Review:
     description: str = ""
     """What the model said of the study besides its findings."""
 
-    def take(self, answer: Answer, centres: Mapping[int, tuple[float, float, float]]) -> None:
-        """Add an answer's findings; what was decided about a finding before stays.
-
-        Args:
-            centres: Middle of each lesion by rank, RAS+ mm.
-        """
+    def take(self, answer: Answer) -> None:
+        """Add an answer's findings; what was decided about a finding before stays."""
         if answer.task == "report":
             self.description = " ".join(s for s in sentences(answer.text) if not _OF_LESIONS.search(s))
         for found in answer.findings:
@@ -92,7 +88,7 @@ class Review:
                     diameter_mm=told["diameter_mm"],
                     slice_index=told["slice_index"],
                     sop_instance_uid=told["sop_instance_uid"],
-                    centre_mm=centres[number],
+                    centre_mm=found.lesion.measured.centre_mm,
                     confidence=told["confidence"],
                     label=told["label"],
                 )

@@ -19,7 +19,7 @@ from omnimri.answer import NOTICE
 from omnimri.assistant import Assistant
 
 from .page import SCRIPTS, STATIC, build
-from .store import KEPT_HOURS, Store
+from .store import KEPT_HOURS, KEY, Store
 
 MOST_UPLOAD = "1gb"
 QUEUE = 16
@@ -65,8 +65,10 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
         response = await call(request)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
-        if request.method == "GET" and request.url.path.rstrip("/") in ("", root_path.rstrip("/")) and "omnimri" not in request.cookies:
-            response.set_cookie("omnimri", secrets.token_hex(16), httponly=True, samesite="strict", max_age=int(KEPT_HOURS * 3600))
+        if request.method == "GET" and request.url.path.rstrip("/") in ("", root_path.rstrip("/")):
+            held = request.cookies.get("omnimri", "")
+            key = held if KEY.fullmatch(held) else secrets.token_hex(16)
+            response.set_cookie("omnimri", key, httponly=True, samesite="strict", max_age=int(store.kept_hours * 3600))
         # The path of a request may hold a file's name: only what kind of request it was is written.
         kind = request.url.path.split("/")[1:3]
         told = {

@@ -11,26 +11,24 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from omnimri.anatomy import LESION, STRUCTURES
-from omnimri.answer import NOTICE, Answer
+from omnimri.answer import Answer
 from omnimri.assistant import Assistant
-from omnimri.cli import markdown, write_answer
 from omnimri.conversation import Message
-from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground
 from omnimri.io import open_study, warm
 from omnimri.io.nifti import write_nifti
 from omnimri.reconstruction import Reconstruction
 from omnimri.volume import Study, Volume
 
+from . import views
 from .review import Review
+from .views import COLOURS, LABEL_NAMES, LESIONS
 
-VIEW_PIXELS = 512
 REQUESTS = {
     "Report": ("Write a report.", "report"),
     "Segment": ("Segment everything.", "segment"),
@@ -40,24 +38,8 @@ REQUESTS = {
 """What each button asks, and its task."""
 
 
-def label_colours() -> dict[int, tuple[int, int, int]]:
-    """A fixed colour for every label; left and right share a hue, lesions are red."""
-    import colorsys
-
-    names = sorted({s.name.removeprefix("left ").removeprefix("right ") for s in STRUCTURES})
-    colours = {}
-    for s in STRUCTURES:
-        k = names.index(s.name.removeprefix("left ").removeprefix("right "))
-        hue = 0.1 + 0.8 * ((k * 7) % len(names)) / len(names)
-        r, g, b = colorsys.hsv_to_rgb(hue, 0.75 if s.side != "right" else 0.5, 0.95)
-        colours[s.label] = (int(255 * r), int(255 * g), int(255 * b))
-    return colours | {25: (255, 40, 40), 57: (255, 40, 40)}
-
-
 FINDING = 1000
 """The k-th finding has this label plus k in the viewer's masks."""
-COLOURS = label_colours()
-LABEL_NAMES = {s.label: s.name for s in STRUCTURES} | {25: f"left {LESION}", 57: f"right {LESION}"}
 
 
 def _plain_name(name: str) -> str:
@@ -89,7 +71,6 @@ class Session:
         self.history: list[Message] = []
         self.chat: list[dict[str, str]] = []
         """What the page shows, filled text."""
-        self.answer: Answer | None = None
         self.labels: torch.Tensor | None = None
         self.ranks: torch.Tensor | None = None
         """(X, Y, Z) uint8: 0, or the number of a finding."""
@@ -99,9 +80,13 @@ class Session:
         """Name of the study's file in `upload/`, or of an example."""
         self.outside: list[str] = []
         """Copies of exports that the server hands out from its own cache."""
-        self.handed_out: dict[str, Path] = {}
-        """Token -> file that the viewer may fetch."""
+        self._files: dict[str, tuple[torch.Tensor, str, Path]] = {}
+        """Name -> array, token and file that the viewer may fetch."""
         self.revision = 0
+        self.opened = secrets.token_hex(8)
+        """Changes with the study: what belongs to another is dropped."""
+        self.busy = RLock()
+        """Held while a question is answered: the study stays in memory until then."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._restore()
 
@@ -156,8 +141,9 @@ class Session:
 
     def unload(self) -> None:
         """Leave memory; what is on disk stays."""
-        self.study = self.shown = self.labels = self.ranks = self.reconstruction = self.answer = None
-        self.handed_out = {}
+        self.study = self.shown = self.labels = self.ranks = self.reconstruction = None
+        self._files = {}
+        shutil.rmtree(self.folder / "viewer", ignore_errors=True)
 
     def touch(self) -> None:
         """Count as used now."""
@@ -167,6 +153,7 @@ class Session:
     def reset(self) -> None:
         """Forget the study and everything said about it."""
         self.unload()
+        self.opened = secrets.token_hex(8)
         self.history, self.chat, self.review, self.upload = [], [], Review(), None
         for name in self.outside:
             Path(name).unlink(missing_ok=True)
@@ -233,34 +220,40 @@ class Session:
         """Ask about the open study; the conversation remembers slots, never filled text.
 
         Raises:
-            ValueError: no study is open, or the question cannot be used.
+            ValueError: no study is open, it was forgotten meanwhile, or the question cannot be used.
         """
-        self._open_again()
-        if self.study is None:
-            raise ValueError("no study is open; upload an MRI or load an example first")
-        answer = self.assistant.answer(self.study, question, history=self.history, task=task, on_text=on_text)
+        with self.busy:
+            self._open_again()
+            study, opened = self.study, self.opened
+            if study is None:
+                raise ValueError("no study is open; upload an MRI or load an example first")
+            answer = self.assistant.answer(study, question, history=self.history, task=task, on_text=on_text)
+            if self.opened != opened:
+                raise ValueError("the study was forgotten before the answer was ready")
+            self._take(study, question, answer)
+            return answer
+
+    def _take(self, study: Study, question: str, answer: Answer) -> None:
+        """Keep what an answer says, shows and finds."""
         self.history += [Message("user", question), Message("assistant", answer.raw)]
-        self.answer = answer
         if answer.reconstruction is not None:
             self.reconstruction = answer.reconstruction
             self.shown = answer.reconstruction.image
-            self.study = replace(self.study, volumes=(self.shown,))
+            self.study = replace(study, volumes=(self.shown,))
             write_nifti(self.folder / "reconstruction.nii", self.shown.voxels[0], self.shown.affine)
         if answer.labels is not None and bool(answer.labels.any()):
             self.labels = answer.labels
-        seen = self.assistant.examine(self.study.named(question) or self.study.primary)
         if answer.findings:
-            self.ranks = seen.lesion_ranks
-        self.review.take(answer, {x.rank: x.measured.centre_mm for x in seen.lesions})
+            self.ranks = answer.lesion_ranks
+        self.review.take(answer)
         if self.labels is not None:
             ranks = self.ranks if self.ranks is not None else torch.zeros_like(self.labels, dtype=torch.uint8)
             np.savez_compressed(self.folder / "masks.npz", labels=self.labels.numpy().astype(np.uint16), ranks=ranks.numpy())
         self._save()
-        return answer
 
-    def say(self, role: str, text: str) -> None:
+    def say(self, question: str, answer: str) -> None:
         """Add to what the page shows of the conversation."""
-        self.chat.append({"role": role, "content": text})
+        self.chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         self._save()
 
     def decide(self, number: int, state: str) -> None:
@@ -283,18 +276,6 @@ class Session:
         self._open_again()
         return 1 if self.shown is None else int(self.shown.shape[2])
 
-    def export(self) -> list[str]:
-        """Files of the last answer: answer.json, answer.md and the masks; an empty list before the first answer."""
-        if self.answer is None:
-            return []
-        place = self.folder / "answer"
-        write_answer(self.answer, place)
-        return [str(p) for p in sorted(place.iterdir())]
-
-    def report_markdown(self) -> str:
-        """The last answer with its table of findings."""
-        return markdown(self.answer) if self.answer else ""
-
     # --- the viewer -------------------------------------------------------------------------------------------
 
     def scene(self) -> dict[str, Any]:
@@ -302,19 +283,18 @@ class Session:
         self._open_again()
         if self.study is None or self.shown is None:
             return {"revision": self.revision}
-        self.handed_out = {}
         listed = [(v.name or "study", v) for v in (self.shown, *(v for v in self.study.volumes if v is not self.shown))]
         if self.reconstruction is not None:
             listed.append(("zero-filled", self.reconstruction.zero_filled))
-        volumes = [{"name": name, "url": self._hand_out(f"{name}.nii", v.voxels[0], v.affine)} for name, v in listed]
+        volumes = [{"name": name, "url": self._hand_out(name, v.voxels, v.affine)} for name, v in listed]
         overlay, drawn = None, self.drawn()
         if drawn is not None:
-            overlay = {"url": self._hand_out("masks.nii", drawn, self.shown.affine), "labels": self.segments(drawn), "of": listed[0][0]}
+            overlay = {"url": self._hand_out("masks", drawn[None], self.shown.affine), "labels": self.segments(drawn), "of": listed[0][0]}
         home = self.shown.affine @ torch.tensor([*((n - 1) / 2 for n in self.shown.shape), 1.0], dtype=torch.float64)
         first = next(iter(self.review.in_state("accepted") or self.review.in_state("open")), None)
         return {
             "revision": self.revision,
-            "study": self.upload and Path(self.upload).name + str(len(self.history) < 1),
+            "study": self.opened,
             "volumes": volumes,
             "overlay": overlay,
             "oriented": self.shown.oriented,
@@ -326,15 +306,24 @@ class Session:
 
     def drawn(self) -> torch.Tensor | None:
         """(X, Y, Z) int32: the masks as reviewed: each finding that was not rejected under its own label, structures under FreeSurfer's."""
+        return self._masks({k: self.finding_label(k) for k in self.review.items})
+
+    def reviewed(self) -> torch.Tensor | None:
+        """(X, Y, Z) int32: FreeSurfer's labels without the findings that were rejected."""
+        return self._masks({})
+
+    def _masks(self, findings: dict[int, int]) -> torch.Tensor | None:
+        """The masks with other labels for some findings and none for those that were rejected."""
         self._open_again()
         if self.labels is None or self.shown is None or self.labels.shape != self.shown.shape:
             return None
-        drawn = self.labels.clone()
-        if self.ranks is not None and self.ranks.shape == drawn.shape:
-            rejected = {i.number for i in self.review.in_state("rejected")}
-            for number in self.review.items:
-                drawn[self.ranks == number] = 0 if number in rejected else self.finding_label(number)
-        return drawn
+        if self.ranks is None or self.ranks.shape != self.labels.shape:
+            return self.labels
+        table = torch.full((256,), -1, dtype=self.labels.dtype)
+        for number, label in (findings | {i.number: 0 for i in self.review.in_state("rejected")}).items():
+            table[number] = label
+        wanted = table[self.ranks.long()]
+        return torch.where(wanted >= 0, wanted, self.labels)
 
     @staticmethod
     def finding_label(number: int) -> int:
@@ -347,104 +336,35 @@ class Session:
         for k in drawn.unique().tolist():
             name = f"finding {k - FINDING}" if k > FINDING else LABEL_NAMES.get(k, "")
             if name:
-                found.append({"id": k, "name": name, "colour": list(COLOURS.get(k, (255, 40, 40))), "lesion": k > FINDING or k in (25, 57)})
+                found.append({"id": k, "name": name, "colour": list(COLOURS.get(k, (255, 40, 40))), "lesion": k > FINDING or k in LESIONS})
         return found
 
     def _hand_out(self, name: str, voxels: torch.Tensor, affine: torch.Tensor) -> str:
-        """The address of an array as NIfTI: nobody can guess it."""
-        token = secrets.token_hex(16)
-        path = self.folder / "viewer" / f"{secrets.token_hex(4)}-{_plain_name(name)}"
-        path.parent.mkdir(exist_ok=True)
-        write_nifti(path, voxels, affine)
-        self.handed_out[token] = path
-        return f"omnimri/file/{token}.nii"
+        """The address of a (1, X, Y, Z) array as NIfTI, which nobody can guess; the same as long as the array is the same."""
+        held = self._files.get(name)
+        if held is None or held[0] is not voxels:
+            if held is not None:
+                held[2].unlink(missing_ok=True)
+            token = secrets.token_hex(16)
+            path = self.folder / "viewer" / f"{token[:8]}.nii"
+            path.parent.mkdir(exist_ok=True)
+            write_nifti(path, voxels[0], affine)
+            self._files[name] = held = (voxels, token, path)
+        return f"omnimri/file/{held[1]}.nii"
 
-    # --- views ------------------------------------------------------------------------------------------------
+    def file(self, token: str) -> Path | None:
+        """The file of a token."""
+        return next((path for _, known, path in self._files.values() if known == token), None)
 
-    def slices(self, plane: str) -> int:
-        """Number of slices of a plane."""
-        if self.shown is None:
-            return 1
-        return self.shown.shape[closest_axes(self.shown.affine)[NORMAL[plane]]]
-
-    def best_slice(self, plane: str) -> int:
-        """The slice to show first: through the largest finding, else the middle of the head."""
-        if self.shown is None:
-            return 0
-        axis = closest_axes(self.shown.affine)[NORMAL[plane]]
-        mask = self.labels
-        lesion = torch.isin(mask, torch.tensor([25, 57], dtype=mask.dtype)) if mask is not None else None
-        where = lesion if lesion is not None and bool(lesion.any()) else foreground(self.shown)
-        other = [a for a in range(3) if a != axis]
-        areas = where.sum(other)
-        middle = int(areas.argmax()) if where is lesion else int(torch.nonzero(areas > areas.max() / 4).float().mean())
-        return self.shown.shape[axis] - 1 - middle if float(self.shown.affine[NORMAL[plane], axis]) < 0 else middle
+    def key_image(self, plane: str) -> np.ndarray:
+        """The slice of a plane that shows most of what was not rejected, with masks."""
+        assert self.shown is not None
+        labels = self.reviewed()
+        return views.draw(self.shown, plane, views.best_slice(self.shown, labels, plane), labels=labels)
 
     def before_after(self, plane: str, index: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The slice of the zero-filled and of the reconstructed image; None where nothing was reconstructed."""
         if self.reconstruction is None:
             return None
-        before = self.reconstruction.zero_filled.voxels[0]
-        return self.view(plane, index, overlay=False, voxels=before), self.view(plane, index, overlay=False)
-
-    def view(self, plane: str, index: int, *, overlay: bool = True, voxels: torch.Tensor | None = None) -> np.ndarray:
-        """One slice as (H, W, 3) uint8, radiological, square pixels, with the patient's sides lettered.
-
-        Slices count from inferior, posterior or left.
-
-        Args:
-            voxels: Shown instead of the study's, on its lattice and in its window.
-        """
-        from PIL import Image, ImageDraw
-
-        if self.shown is None:
-            return np.zeros((VIEW_PIXELS, VIEW_PIXELS, 3), dtype=np.uint8)
-        axes = closest_axes(self.shown.affine)
-        image = self._cut(self.shown.voxels[0] if voxels is None else voxels, plane, index)
-        fore = self.shown.voxels[0][foreground(self.shown)]
-        low, high = torch.quantile(fore.flatten()[:: max(1, fore.numel() // 200_000)], torch.tensor([0.005, 0.995])).tolist()
-        grey = ((image.float() - min(low, 0)) / max(high - min(low, 0), 1e-9)).clamp(0, 1)
-        spacing = self.shown.spacing_mm
-        mm = [image.shape[0] * spacing[axes[ROWS[plane][0]]], image.shape[1] * spacing[axes[COLUMNS[plane][0]]]]
-        scale = VIEW_PIXELS / max(mm)
-        size = (max(1, round(mm[0] * scale)), max(1, round(mm[1] * scale)))
-        big = F.interpolate(grey[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-        rgb = big[..., None].expand(-1, -1, 3).clone() * 255
-        if overlay and self.labels is not None and self.labels.shape == self.shown.shape:
-            cut = self._cut(self.labels, plane, index).float()
-            labels = F.interpolate(cut[None, None], size=size, mode="nearest")[0, 0].int()
-            for label in labels.unique().tolist():
-                if label:
-                    where = labels == label
-                    share = 0.55 if label in (25, 57) else 0.4
-                    rgb[where] = (1 - share) * rgb[where] + share * torch.tensor(COLOURS[label], dtype=torch.float32)
-        picture = Image.new("RGB", (VIEW_PIXELS, VIEW_PIXELS))
-        picture.paste(Image.fromarray(rgb.byte().numpy()), ((VIEW_PIXELS - size[1]) // 2, (VIEW_PIXELS - size[0]) // 2))
-        draw = ImageDraw.Draw(picture)
-        letters = ("A", "P") if plane == "sagittal" else ("R", "L")
-        if not self.shown.oriented:
-            letters = ("?", "?")
-        middle = VIEW_PIXELS // 2
-        draw.text((8, middle), letters[0], fill=(255, 220, 0), font_size=20)
-        draw.text((VIEW_PIXELS - 22, middle), letters[1], fill=(255, 220, 0), font_size=20)
-        draw.text((8, VIEW_PIXELS - 20), f"{plane} {index + 1}/{self.slices(plane)}   {NOTICE}", fill=(200, 200, 200), font_size=12)
-        return np.asarray(picture)
-
-    def _cut(self, array: torch.Tensor, plane: str, index: int) -> torch.Tensor:
-        """(rows, columns) of a plane from (X, Y, Z), rows downwards and columns rightwards as displayed."""
-        assert self.shown is not None
-        affine, axes = self.shown.affine, closest_axes(self.shown.affine)
-        wanted = [(NORMAL[plane], 1), ROWS[plane], COLUMNS[plane]]
-        turned = array.permute([axes[p] for p, _ in wanted])
-        flips = [k for k, (p, sign) in enumerate(wanted) if float(affine[p, axes[p]]) * sign < 0]
-        return torch.flip(turned, flips)[max(0, min(index, turned.shape[0] - 1))]
-
-    def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
-        """Names and colours of what the overlay shows."""
-        if self.labels is None:
-            return []
-        return [(LABEL_NAMES[k], COLOURS[k]) for k in self.labels.unique().tolist() if k in LABEL_NAMES]
-
-    def findings_json(self) -> str:
-        """The last answer as the contract's JSON."""
-        return json.dumps(self.answer.to_json(), indent=1) if self.answer else "{}"
+        image = self.reconstruction.image
+        return views.draw(image, plane, index, voxels=self.reconstruction.zero_filled.voxels[0]), views.draw(image, plane, index)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -14,6 +16,8 @@ from omnimri.assistant import Assistant
 
 from .session import Session
 
+KEY = re.compile("[0-9a-f]{32}")
+"""The form of a session's key."""
 LOADED = 6
 """Studies held in memory; others are read again from disk when they are used."""
 MOST_SESSIONS = 64
@@ -30,8 +34,12 @@ def state_folder() -> Path:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files under a folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    """Bytes of the files under a folder; one that goes meanwhile does not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 class Store:
@@ -50,7 +58,7 @@ class Store:
         Raises:
             ValueError: the key is not one of this server's form.
         """
-        if not (isinstance(key, str) and len(key) == 32 and all(c in "0123456789abcdef" for c in key)):
+        if not (isinstance(key, str) and KEY.fullmatch(key)):
             raise ValueError("expected a session key, got something else; reload the page")
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         with self._lock:
@@ -60,39 +68,39 @@ class Store:
                 session = Session(self.assistant, self.folder / name)
             self._held[name] = session
             session.touch()
-            while len(self._held) > LOADED:
-                _, old = self._held.popitem(last=False)
-                old.unload()
+            self._unload_some(keep=name)
             return session
+
+    def _unload_some(self, keep: str) -> None:
+        """Leave as many studies in memory as may be; one that is being answered about stays."""
+        for name in [n for n in self._held if n != keep][: max(0, len(self._held) - LOADED)]:
+            session = self._held[name]
+            if session.busy.acquire(blocking=False):
+                try:
+                    session.unload()
+                    del self._held[name]
+                finally:
+                    session.busy.release()
 
     def sweep(self, keep: str = "") -> None:
         """Remove what is too old or too much."""
         now = time.time()
         found = sorted((p for p in self.folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-        sizes = {p: size_of(p) for p in found} if len(found) > MOST_SESSIONS // 2 or now % 50 < 1 else {}
+        sizes = {p: size_of(p) for p in found}
         total = sum(sizes.values())
         for k, path in enumerate(found):
             old = now - path.stat().st_mtime > self.kept_hours * 3600
             if path.name != keep and (old or len(found) - k > MOST_SESSIONS or total > MOST_BYTES):
-                total -= sizes.get(path, 0)
+                total -= sizes[path]
                 held = self._held.pop(path.name, None)
                 if held is not None:
                     held.unload()
                 shutil.rmtree(path, ignore_errors=True)
 
-    def forget(self, key: str) -> None:
-        """Remove everything of a session."""
-        session = self.of(key)
-        with self._lock:
-            session.reset()
-
     def find(self, token: str) -> Path | None:
         """The file that a session hands out under a token."""
         with self._lock:
-            for session in self._held.values():
-                if token in session.handed_out:
-                    return session.handed_out[token]
-        return None
+            return next((path for session in self._held.values() if (path := session.file(token)) is not None), None)
 
     def health(self) -> dict[str, int]:
         """Numbers for a monitor; nothing of any study."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
 from .example import LESION_CLASS, language_slices, named_class, segment_classes
+from .generation import generate
 from .measure import measure
 from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
 from .tasks import TASKS
@@ -80,7 +80,8 @@ class Assistant:
                 raise StoppedError("the answer was stopped")
 
         key = id(volume)
-        if key not in self._seen or self._seen[key][0] is not volume:
+        kept = self._seen.get(key)
+        if kept is None or kept[0] is not volume:
             config = self.model.config
             seen = examine(
                 self.model,
@@ -90,10 +91,11 @@ class Assistant:
                 least_lesion_ml=getattr(config, "least_lesion_ml", 0.05),
                 check=check,
             )
-            self._seen[key] = (volume, seen)
+            # Another thread may forget at any time: what is returned is held here.
+            self._seen[key] = kept = (volume, seen)
             while len(self._seen) > KEPT_EXAMINATIONS:
                 self._seen.popitem(last=False)
-        return self._seen[key][1]
+        return kept[1]
 
     def forget(self) -> None:
         """Drop everything kept of any study."""
@@ -196,7 +198,7 @@ class Assistant:
                 break
             messages = messages[2:]
         ids = torch.tensor([rendered.ids])
-        written = self._generate(ids, seen, on_text, beams)
+        written = generate(self.model, self.tokenizer, ids, seen, self.no_digits, on_text, beams)
         raw = prefix + self.tokenizer.decode(written, skip_special_tokens=False).replace("<|im_end|>", "")
         raw = raw.replace("<|endoftext|>", "").strip()
         if task == "segment" and "<segment>" not in raw:
@@ -224,54 +226,6 @@ class Assistant:
         )
         return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)
-
-    def _generate(self, ids: Tensor, seen: Examination, on_text: Callable[[str], bool] | None, beams: int) -> list[int]:
-        """Greedy or beam-searched ids after the prompt; streamed where someone listens."""
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
-        stop = {"now": False}
-
-        class Stop(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-                return torch.full((len(input_ids),), stop["now"])
-
-        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        settings: dict[str, Any] = {
-            "attention_mask": torch.ones_like(ids),
-            "visual": seen.visual,
-            "evidence": seen.evidence,
-            "max_new_tokens": 320,
-            "do_sample": False,
-            "num_beams": beams,
-            "eos_token_id": end,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "suppress_tokens": self.no_digits,
-            "stopping_criteria": StoppingCriteriaList([Stop()]),
-        }
-        if on_text is None or beams > 1:
-            return self.model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False, timeout=300)
-        out: dict[str, Any] = {}
-
-        def work() -> None:
-            try:
-                with torch.inference_mode():
-                    out["ids"] = self.model.generate(ids, streamer=streamer, **settings)[0, ids.shape[1] :].tolist()
-            except Exception as error:  # handed to the caller's thread
-                out["error"] = error
-                streamer.end()
-
-        thread = Thread(target=work)
-        thread.start()
-        text = ""
-        for piece in streamer:
-            text += piece
-            if on_text(show_unfilled(text)) is False:
-                stop["now"] = True
-        thread.join()
-        if "error" in out:
-            raise out["error"]
-        return out["ids"]
 
     def _draw(self, seen: Examination, prompt: list[int], written: list[int], chosen: str) -> tuple[Tensor, tuple[str, ...]]:
         """Masks of the structures that the answer's own `<segment>` states ask for: labels in scan space, and the names shown."""
@@ -346,6 +300,7 @@ class Assistant:
             structures=tuple(structures),
             warnings=tuple(dict.fromkeys(warnings)),
             labels=shown_map,
+            lesion_ranks=seen.lesion_ranks,
             affine=volume.affine,
         )
 
@@ -403,12 +358,6 @@ class Assistant:
             "used": seen.volume.name,
             "oriented": seen.volume.oriented,
         }
-
-
-def show_unfilled(text: str) -> str:
-    """Text as it streams: slots are dots until they are measured, task tokens are not shown."""
-    text = re.sub(r"<(segment|report|detect|reconstruct|\|im_end\||\|endoftext\|)>", "", text)
-    return re.sub(r" +([.,;])", r"\1", re.sub(r"<[a-z]+>", "…", text)).strip()
 
 
 def _segment_text(structures: Sequence[StructureVolume]) -> str:

@@ -63,7 +63,6 @@ class Reconstruction:
             "warnings": list(self.warnings),
         }
 
-
     def sentence(self) -> str:
         """What was done, for people."""
         w, h, s = self.image.shape
@@ -105,7 +104,7 @@ def residual_of(found: Reconstructed, data: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned", keep_zero_filled: bool = True) -> Reconstruction:
+def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned") -> Reconstruction:
     """Reconstruct every slice; a file that does not fit into memory comes in slabs.
 
     Args:
@@ -137,22 +136,19 @@ def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned", keep_
                 given = torch.stack([espirit(d, m)[0] for d, m in zip(data, mask, strict=True)])
             found = model.heads["reconstruct"](data, mask, given)
             residuals += (residual_of(found, data, mask) / level).tolist()
-            parts = [found.image.abs(), found.spread]
-            if keep_zero_filled:
-                parts.append(found.zero_filled.abs())
+            parts = [found.image.abs(), found.spread, found.zero_filled.abs()]
             parts = [_shown(p.transpose(1, 2) if lines else p, kspace.crop).cpu() for p in parts]
-            for store, part in zip((images, spreads, simple), parts, strict=False):
+            for store, part in zip((images, spreads, simple), parts, strict=True):
                 store.append(part)
         levels.append(level)
 
     def volume(parts: Sequence[Tensor], name: str) -> Volume:
         return Volume(Reconstruct().read(torch.cat(list(parts)))[None], kspace.affine, oriented=kspace.oriented, name=name)
 
-    image = volume(images, "reconstruction")
     return Reconstruction(
-        image=image,
+        image=volume(images, "reconstruction"),
         spread=volume(spreads, "uncertainty"),
-        zero_filled=volume(simple, "zero-filled") if simple else image,
+        zero_filled=volume(simple, "zero-filled"),
         residuals=tuple(residuals),
         noise=sum(levels) / len(levels),
         noise_source="measured" if kspace.noise else "estimated",

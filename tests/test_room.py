@@ -201,10 +201,17 @@ def test_sessions_are_apart_bounded_and_forgotten(assistant, scan_file, tmp_path
     assert sum(s.study is not None for s in store._held.values()) <= 6
     assert "64 × 64 × 12" in store.of(keys[0]).overview()  # read again from disk
     assert store.of("f" * 32).upload is None
+    busy = store.of(keys[1])
+    with busy.busy:
+        thread = threading.Thread(target=lambda: [store.of(k).overview() for k in keys[2:] + keys[2:]])
+        thread.start()
+        thread.join()
+        assert busy.study is not None or busy.upload is not None
+        assert busy in store._held.values(), "one that is being answered about stays"
     for bad in ("../../etc", "x" * 32, "", None):
         with pytest.raises(ValueError, match="session key"):
             store.of(bad)
-    store.forget(keys[0])
+    store.of(keys[0]).reset()
     assert [p for p in store.of(keys[0]).folder.rglob("*") if p.is_file()] == []
     monkeypatch.setattr("chat_app.store.MOST_SESSIONS", 4)
     store.sweep()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from chat_app import export, views
 from chat_app.session import REQUESTS, Session
 from omnimri.assistant import Assistant
 from omnimri.io.kspace import write_kspace
@@ -31,7 +31,8 @@ def session(assistant, tmp_path):
 def test_a_question_needs_a_study(session):
     with pytest.raises(ValueError, match="no study is open"):
         session.ask("Write a report.")
-    assert session.export() == []
+    with pytest.raises(ValueError, match="open study to export"):
+        export.write_files(session, session.folder / "export")
 
 
 @pytest.mark.parametrize("name", ["Report", "Segment", "Find lesions"])
@@ -44,21 +45,21 @@ def test_buttons_give_answers_with_masks_in_the_scans_space(session, scan_file, 
     assert torch.allclose(answer.affine, scan.affine, atol=1e-4)
     assert told
     assert len(answer.findings) == len(session.assistant.examine(session.study.primary).lesions)
-    names = {Path(p).name for p in session.export()}
-    assert {"answer.json", "answer.md"} <= names
-    assert json.loads((session.folder / "answer" / "answer.json").read_text())["notice"].startswith("Research use only")
+    names = {p.name for p in export.write_files(session, session.folder / "export")}
+    assert {"report.json", "report.md"} <= names
+    assert json.loads((session.folder / "export" / "report.json").read_text())["notice"].startswith("Research use only")
 
 
 def test_views_are_square_lettered_and_overlaid(session, scan_file):
     session.load(scan_file, keep=False)
     for plane in ("axial", "coronal", "sagittal"):
-        bare = session.view(plane, session.best_slice(plane))
+        bare = session.key_image(plane)
         assert bare.shape == (512, 512, 3)
         assert bare.std() > 5
     session.labels = torch.zeros(session.shown.shape, dtype=torch.int32)
     session.labels[20:40, 20:40, 4:8] = 17
-    assert not np.array_equal(session.view("axial", 5), session.view("axial", 5, overlay=False))
-    assert session.legend()[0][0] == "left hippocampus"
+    assert not np.array_equal(views.draw(session.shown, "axial", 5, labels=session.labels), views.draw(session.shown, "axial", 5))
+    assert [s["name"] for s in session.segments(session.drawn())] == ["left hippocampus"]
 
 
 def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
@@ -76,7 +77,7 @@ def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
     before, after = session.before_after("axial", 1)
     assert before.shape == after.shape
     assert not np.array_equal(before, after)
-    assert np.array_equal(after, session.view("axial", 1, overlay=False))
+    assert np.array_equal(after, views.draw(session.shown, "axial", 1))
     assert answer.task == "reconstruct"
     assert session.shown.shape == (64, 64, 4)
 
@@ -85,7 +86,7 @@ def test_forgetting_leaves_nothing(assistant, scan_file, tmp_path):
     session = Session(assistant, tmp_path / "session")
     session.load(scan_file, keep=False)
     session.ask("Segment everything.", task="segment")
-    session.export()
+    export.write_files(session, session.folder / "export")
     folder = session.folder
     session.close()
     assert not folder.exists()
@@ -114,3 +115,30 @@ def test_a_stopped_answer_frees_the_assistant(assistant, scan_file, tmp_path):
     assert session.history == []
     assert not assistant._lock.locked()
     assert session.ask("What sequence and plane is this?").text
+
+
+def test_what_is_forgotten_meanwhile_leaves_nothing(assistant, scan_file, tmp_path):
+    session = Session(assistant, tmp_path / "gone")
+    session.load(scan_file, keep=False)
+
+    def forget(_: str) -> bool:
+        if session.study is not None:
+            session.reset()
+        return True
+
+    with pytest.raises(ValueError, match="forgotten"):
+        session.ask("Write a report.", task="report", on_text=forget)
+    assert list(session.folder.iterdir()) == []
+    assert session.history == []
+
+
+def test_the_viewers_files_do_not_pile_up(session, scan_file):
+    session.load(scan_file, keep=False)
+    first = session.scene()["volumes"][0]["url"]
+    session.ask("Find lesions.", task="detect")
+    for _ in range(3):
+        scene = session.scene()
+    assert scene["volumes"][0]["url"] == first
+    assert len(list((session.folder / "viewer").iterdir())) == 2
+    session.decide(1, "rejected")
+    assert int((session.reviewed()[session.ranks == 1] > 0).sum()) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM
 
 from omnimri import weights
-from omnimri.checkpoint import load_model, publish, save_model, sha256
+from omnimri.checkpoint import load_model, publish, save_model, sha256, write_digests
 from omnimri.model.config import preset
 from omnimri.model.language import load_base
 from omnimri.model.omnimri import OmniMRI
@@ -148,6 +149,13 @@ def test_a_checkpoint_on_a_base_holds_none_of_it(base, tmp_path):
     assert torch.allclose(a, b, atol=1e-4)
     written = again.generate(ids, max_new_tokens=4, do_sample=False)
     assert written.shape == (1, 8)
+    told = json.loads((base / "base.json").read_text())
+    other = tmp_path / "another"
+    shutil.copytree(base, other)
+    (other / "base.json").write_text(json.dumps(told | {"sha256_tensors": "0" * 64}))
+    write_digests(other)
+    with pytest.raises(ValueError, match="trained on others"):
+        weights.find_base(again.config.base, other)
     (base / "base.json").unlink()
     with pytest.raises(ValueError, match="omnimri fetch"):
         load_model(out)

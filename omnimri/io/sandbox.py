@@ -25,6 +25,13 @@ MAX_ANSWER_BYTES = 64 * 2**20
 UNTOLD = "expected a file that can be decoded safely, got one on which the decoder {}; export it again, or choose one series"
 
 
+def environment(room: Path) -> dict[str, str]:
+    """What a child that decodes in a folder of its own may know of this process's environment; one thread."""
+    kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
+    return {**kept, **one_thread, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(room), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 class Child:
     """A decoding process that waits for its one request."""
 
@@ -32,14 +39,10 @@ class Child:
         self.room = Path(tempfile.mkdtemp(prefix="omnimri-in-"))
         shared = (os.memfd_create("arrays"),) if hasattr(os, "memfd_create") else ()
         self.arrays = os.fdopen(shared[0], "r+b") if shared else (self.room / "arrays").open("w+b")
-        package = str(Path(__file__).parents[2])
-        kept = {k: os.environ[k] for k in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if k in os.environ}
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
-        environment = {**kept, **one_thread, "PYTHONPATH": package, "TMPDIR": str(self.room), "PYTHONDONTWRITEBYTECODE": "1"}
         # -P: nothing from the folder it runs in. Its messages may hold header text: they go nowhere.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "omnimri.io.child", *map(str, shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=self.room, env=environment, pass_fds=shared, start_new_session=True,
+            stderr=subprocess.DEVNULL, cwd=self.room, env=environment(self.room), pass_fds=shared, start_new_session=True,
         )
 
     def ask(self, request: dict[str, Any], time_s: float) -> dict[str, Any]:

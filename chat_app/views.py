@@ -1,0 +1,104 @@
+"""Views: slices as pictures with masks and the patient's sides; key images and before-and-after are made of them."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from omnimri.anatomy import LESION, STRUCTURES
+from omnimri.answer import NOTICE
+from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground
+from omnimri.volume import Volume
+
+VIEW_PIXELS = 512
+LESIONS = (25, 57)
+
+
+def label_colours() -> dict[int, tuple[int, int, int]]:
+    """A fixed colour for every label; left and right share a hue, lesions are red."""
+    names = sorted({s.name.removeprefix("left ").removeprefix("right ") for s in STRUCTURES})
+    colours = {}
+    for s in STRUCTURES:
+        k = names.index(s.name.removeprefix("left ").removeprefix("right "))
+        hue = 0.1 + 0.8 * ((k * 7) % len(names)) / len(names)
+        r, g, b = colorsys.hsv_to_rgb(hue, 0.75 if s.side != "right" else 0.5, 0.95)
+        colours[s.label] = (int(255 * r), int(255 * g), int(255 * b))
+    return colours | dict.fromkeys(LESIONS, (255, 40, 40))
+
+
+COLOURS = label_colours()
+LABEL_NAMES = {s.label: s.name for s in STRUCTURES} | {25: f"left {LESION}", 57: f"right {LESION}"}
+
+
+def slices(volume: Volume, plane: str) -> int:
+    """Number of slices of a plane."""
+    return volume.shape[closest_axes(volume.affine)[NORMAL[plane]]]
+
+
+def best_slice(volume: Volume, labels: Tensor | None, plane: str) -> int:
+    """The slice to show first: through most of the lesions, else the middle of the head.
+
+    Args:
+        labels: (X, Y, Z) FreeSurfer labels.
+    """
+    axis = closest_axes(volume.affine)[NORMAL[plane]]
+    lesion = torch.isin(labels, torch.tensor(LESIONS, dtype=labels.dtype)) if labels is not None else None
+    where = lesion if lesion is not None and bool(lesion.any()) else foreground(volume)
+    areas = where.sum([a for a in range(3) if a != axis])
+    middle = int(areas.argmax()) if where is lesion else int(torch.nonzero(areas > areas.max() / 4).float().mean())
+    return volume.shape[axis] - 1 - middle if float(volume.affine[NORMAL[plane], axis]) < 0 else middle
+
+
+def draw(volume: Volume, plane: str, index: int, *, labels: Tensor | None = None, voxels: Tensor | None = None) -> np.ndarray:
+    """One slice as (H, W, 3) uint8, radiological, square pixels, with the patient's sides lettered.
+
+    Slices count from inferior, posterior or left.
+
+    Args:
+        labels: (X, Y, Z) masks laid over it.
+        voxels: (X, Y, Z) shown instead of the volume's own, on its lattice and in its window.
+    """
+    from PIL import Image, ImageDraw
+
+    axes = closest_axes(volume.affine)
+    image = _cut(volume, volume.voxels[0] if voxels is None else voxels, plane, index)
+    fore = volume.voxels[0][foreground(volume)]
+    low, high = torch.quantile(fore.flatten()[:: max(1, fore.numel() // 200_000)], torch.tensor([0.005, 0.995])).tolist()
+    grey = ((image.float() - min(low, 0)) / max(high - min(low, 0), 1e-9)).clamp(0, 1)
+    spacing = volume.spacing_mm
+    mm = [image.shape[0] * spacing[axes[ROWS[plane][0]]], image.shape[1] * spacing[axes[COLUMNS[plane][0]]]]
+    scale = VIEW_PIXELS / max(mm)
+    size = (max(1, round(mm[0] * scale)), max(1, round(mm[1] * scale)))
+    big = F.interpolate(grey[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    rgb = big[..., None].expand(-1, -1, 3).clone() * 255
+    if labels is not None:
+        drawn = F.interpolate(_cut(volume, labels, plane, index).float()[None, None], size=size, mode="nearest")[0, 0].int()
+        for label in drawn.unique().tolist():
+            if label:
+                where = drawn == label
+                share = 0.55 if label in LESIONS else 0.4
+                rgb[where] = (1 - share) * rgb[where] + share * torch.tensor(COLOURS[label], dtype=torch.float32)
+    picture = Image.new("RGB", (VIEW_PIXELS, VIEW_PIXELS))
+    picture.paste(Image.fromarray(rgb.byte().numpy()), ((VIEW_PIXELS - size[1]) // 2, (VIEW_PIXELS - size[0]) // 2))
+    pen = ImageDraw.Draw(picture)
+    letters = ("A", "P") if plane == "sagittal" else ("R", "L")
+    if not volume.oriented:
+        letters = ("?", "?")
+    middle = VIEW_PIXELS // 2
+    pen.text((8, middle), letters[0], fill=(255, 220, 0), font_size=20)
+    pen.text((VIEW_PIXELS - 22, middle), letters[1], fill=(255, 220, 0), font_size=20)
+    pen.text((8, VIEW_PIXELS - 20), f"{plane} {index + 1}/{slices(volume, plane)}   {NOTICE}", fill=(200, 200, 200), font_size=12)
+    return np.asarray(picture)
+
+
+def _cut(volume: Volume, array: Tensor, plane: str, index: int) -> Tensor:
+    """(rows, columns) of a plane from (X, Y, Z), rows downwards and columns rightwards as displayed."""
+    affine, axes = volume.affine, closest_axes(volume.affine)
+    wanted = [(NORMAL[plane], 1), ROWS[plane], COLUMNS[plane]]
+    turned = array.permute([axes[p] for p, _ in wanted])
+    flips = [k for k, (p, sign) in enumerate(wanted) if float(affine[p, axes[p]]) * sign < 0]
+    return torch.flip(turned, flips)[max(0, min(index, turned.shape[0] - 1))]
