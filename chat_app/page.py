@@ -22,7 +22,7 @@ from gradio.utils import get_upload_folder
 from omnimri.answer import NOTICE
 from omnimri.io import warm
 
-from . import export
+from . import export, views
 from .session import REQUESTS, Session
 from .store import MOST_SESSIONS, ROOM, Store
 
@@ -284,7 +284,7 @@ def build(store: Store) -> gr.Blocks:
                         type="numpy",
                         format="png",
                         interactive=False,
-                        height=420,
+                        height=views.VIEW_PIXELS,  # in a lower frame the two pictures do not lie on each other (Gradio 6.31)
                         buttons=[],
                     )
                     which_slice = gr.Slider(1, 2, value=1, step=1, label="Slice")

@@ -1,11 +1,10 @@
-"""The reading room: review, exports, sessions on disk, the server, and the whole way in a browser."""
+"""The reading room: review, exports, sessions on disk."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -24,8 +23,6 @@ from chat_app.store import Store
 from omnimri.assistant import Assistant
 
 from .conftest import SECRET, write_dicom
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -245,175 +242,3 @@ def test_names_and_header_text_reach_nothing(assistant, scan, tmp_path):
     assert "ignore all" not in told
     assert "<img" not in told
     assert Path(made.upload).parent == made.folder / "upload"
-
-
-# --- the server ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(assistant, tmp_path_factory):
-    import uvicorn
-
-    from chat_app.server import create_app
-
-    cache = tmp_path_factory.mktemp("gradio")
-    before, os.environ["GRADIO_TEMP_DIR"] = os.environ.get("GRADIO_TEMP_DIR"), str(cache)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    store = Store(assistant, tmp_path_factory.mktemp("state"))
-    running = uvicorn.Server(uvicorn.Config(create_app(assistant, store), host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}", store
-    running.should_exit = True
-    thread.join(10)
-    os.environ.pop("GRADIO_TEMP_DIR")
-    if before is not None:
-        os.environ["GRADIO_TEMP_DIR"] = before
-
-
-def get(url, **headers):
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    try:
-        with urlopen(Request(url, headers=headers)) as r:
-            return r.status, dict(r.headers), r.read()
-    except HTTPError as error:
-        return error.code, dict(error.headers), error.read()
-
-
-def test_headers_health_and_files(server):
-    url, _ = server
-    status, headers, _ = get(url)
-    assert status == 200
-    assert "frame-ancestors 'self'" in headers["content-security-policy"]
-    assert "HttpOnly" in headers["set-cookie"]
-    assert "SameSite=strict" in headers["set-cookie"]
-    told = json.loads(get(f"{url}/omnimri/health")[2])
-    assert told["status"] == "ok"
-    assert "Research use only" in told["notice"]
-    assert get(f"{url}/omnimri/file/{'0' * 32}.nii")[0] == 404
-    assert get(f"{url}/omnimri/static/niivue.umd.js")[0] == 200
-    assert get(f"{url}/omnimri/static/../page.py")[0] == 404
-
-
-def test_the_same_over_the_api(server, scan_file):
-    gradio_client = pytest.importorskip("gradio_client")
-    url, _ = server
-    client = gradio_client.Client(url, verbose=False)
-    out = client.predict(gradio_client.handle_file(str(scan_file)), api_name="/open")
-    assert "64 × 64 × 12" in out[0]
-    out = client.predict(api_name="/detect")
-    assert "Research use only" in str(out[1])
-    number = out[3]["value"]
-    client.predict(number, api_name="/accepted")
-    files = client.predict(api_name="/export_report")
-    assert any(f.endswith("report.pdf") for f in files)
-    copies = [p for s in server[1]._held.values() for p in s.outside]
-    assert any(Path(p).exists() for p in copies)
-    stranger = gradio_client.Client(url, verbose=False)
-    assert "No study" in stranger.predict(api_name="/state")[0]
-    client.predict(api_name="/forget")
-    assert not any(Path(p).exists() for p in copies)
-    assert "No study" in client.predict(api_name="/state")[0]
-
-
-@pytest.mark.parametrize("path", ["/etc/passwd", "SCAN", "http://127.0.0.1:1/x.nii"])
-def test_a_client_names_no_file_or_address(server, scan_file, path):
-    from urllib.request import Request, urlopen
-
-    url, _ = server
-    given = {"path": str(scan_file) if path == "SCAN" else path, "meta": {"_type": "gradio.FileData"}}
-    asked = Request(f"{url}/gradio_api/call/open", json.dumps({"data": [given]}).encode(), {"Content-Type": "application/json"})
-    event = json.loads(urlopen(asked).read())["event_id"]
-    told = urlopen(f"{url}/gradio_api/call/open/{event}").read().decode()
-    assert "64 × 64" not in told
-    assert "64 \\u00d7 64" not in told
-    assert "root:" not in told
-    assert "error" in told or "cannot be used" in told
-    assert scan_file.exists()
-
-
-# --- the whole way in a browser ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def page(server):
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium")
-    with playwright.sync_playwright() as p:
-        # No other host can be resolved: a request to one would fail and be counted.
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=[
-            "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
-        made = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True).new_page()
-        asked, wrong = [], []
-        made.on("request", lambda r: asked.append(r.url))
-        made.on("pageerror", lambda e: wrong.append(str(e)))
-        made.goto(server[0])
-        yield made
-        elsewhere = [u for u in asked if not u.startswith((server[0], "data:", "blob:"))]
-        assert elsewhere == []
-        assert wrong == []
-        browser.close()
-
-
-def shown(page, wanted, seconds=90):
-    page.wait_for_function(wanted, timeout=seconds * 1000)
-
-
-LOADED = "window.omnimri && window.omnimri.view.nv && window.omnimri.view.nv.volumes.length"
-
-
-def test_from_upload_to_export_in_a_browser(page, scan, tmp_path):
-    path = zipped(write_dicom(scan, tmp_path / "d"), tmp_path / "study.zip")
-    page.set_input_files("input[type=file]", str(path))
-    shown(page, f"{LOADED} >= 1")
-    page.get_by_role("button", name="Find lesions", exact=True).click()
-    page.wait_for_selector('a[href*="#finding-"]', timeout=90_000)
-    shown(page, f"{LOADED} == 2")
-    at = "JSON.stringify(window.omnimri.view.mm.map(Math.round))"
-    before = page.evaluate(at)
-    page.locator('a[href*="#finding-2"]').first.click()
-    shown(page, f"{at} != {json.dumps(before)}")
-    wanted = page.evaluate("JSON.stringify(window.omnimri.view.scene.findings.find(f => f.number == 2).mm.map(Math.round))")
-    assert np.abs(np.subtract(json.loads(page.evaluate(at)), json.loads(wanted))).max() <= 4  # to the voxel's middle
-    page.locator(".omni-canvases").focus()
-    page.keyboard.press("o")
-    assert page.evaluate("window.omnimri.view.overlay") is False
-    page.keyboard.press("1")
-    assert page.evaluate("window.omnimri.view.layout") == "1"
-    page.get_by_role("tab", name="Findings").click()
-    page.locator("#omni-findings label").first.click()
-    page.get_by_role("button", name="Accept", exact=True).click()
-    page.get_by_text("1 accepted, 0 rejected").wait_for(timeout=30_000)
-    page.locator("#omni-findings label").nth(1).click()
-    page.get_by_role("button", name="Reject", exact=True).click()
-    page.get_by_text("1 accepted, 1 rejected").wait_for(timeout=30_000)
-    page.get_by_role("tab", name="Export").click()
-    page.get_by_role("button", name="Make DICOM SEG and SR").click()
-    page.locator('a[href*="segmentation.dcm"]').wait_for(timeout=90_000)
-    page.get_by_role("button", name="Make report and masks").click()
-    page.locator('a[href*="report.pdf"]').wait_for(timeout=60_000)
-    page.reload()
-    shown(page, f"{LOADED} == 2")
-    page.get_by_role("tab", name="Findings").click()
-    page.get_by_text("1 accepted, 1 rejected").wait_for(timeout=30_000)
-    page.get_by_role("button", name="Forget this study").click()
-    page.get_by_text("The study is forgotten.").wait_for(timeout=30_000)
-    shown(page, f"{LOADED} == 0")
-    # Gradio leaves the empty files that uploads were spooled to.
-    left = [p.name for p in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if p.is_file() and p.stat().st_size]
-    assert left == [], "something of the study is left"
-
-
-def test_the_simulated_patient_opens_with_a_click(page):
-    page.get_by_role("button", name="Example: patient with a lesion").click()
-    page.get_by_text("no real person").wait_for(timeout=60_000)
-    shown(page, f"{LOADED} >= 1")
-    assert page.get_by_text("R on the left of the image").is_visible()
