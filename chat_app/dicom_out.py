@@ -82,7 +82,7 @@ def write_seg(request: dict[str, Any], series: list[Any], labels: np.ndarray, ou
     algorithm = hd.AlgorithmIdentificationSequence(
         name=request["model"]["name"][:64],
         family=codes.cid7162.ArtificialIntelligence,
-        version=request["model"]["checkpoint_sha256"][:16],
+        version=request["model"]["checkpoint_sha256"],
         source="OmniMRI",
     )
     segments, numbered = [], np.zeros(labels.shape, np.uint8 if len(request["segments"]) < 256 else np.uint16)
@@ -110,7 +110,7 @@ def write_seg(request: dict[str, Any], series: list[Any], labels: np.ndarray, ou
         segment_descriptions=segments,
         **_object_of(900),
         manufacturer_model_name=request["model"]["name"][:64],
-        software_versions=request["model"]["checkpoint_sha256"][:16],
+        software_versions=request["model"]["checkpoint_sha256"],
         device_serial_number="0",
         content_description=NOTICE[:64],
         content_label="OMNIMRI",
@@ -135,6 +135,13 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     groups = []
     for finding in request["findings"]:
         site = hd.sr.FindingSite(anatomic_location=codes.SCT.Brain, laterality=sides.get(finding["side"]))
+        words = [
+            hd.sr.QualitativeEvaluation(
+                hd.sr.CodedConcept(value, SCHEME, meaning), hd.sr.CodedConcept(f"{value}-TEXT", SCHEME, finding[value.lower()][:64])
+            )
+            for value, meaning in (("PLACE", "Place in words"), ("COMMENT", "Comment"))
+            if finding[value.lower()]
+        ]
         numbers = (
             (finding["volume_ml"], codes.SCT.Volume, hd.sr.CodedConcept("mL", "UCUM", "milliliter")),
             (finding["diameter_mm"], codes.SCT.Diameter, codes.UCUM.Millimeter),
@@ -145,6 +152,7 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
                 referenced_segment=hd.sr.ReferencedSegment.from_segmentation(seg, segment_number=finding["segment"]),
                 finding_type=codes.SCT.Lesion,
                 finding_sites=[site],
+                qualitative_evaluations=words,
                 measurements=[hd.sr.Measurement(name=name, value=float(value), unit=unit) for value, name, unit in numbers],
             )
         )
@@ -227,6 +235,7 @@ def make(room: Path) -> None:
         if not found:
             raise RefusedError("expected DICOM files in this study, found none")
         told = deidentify(found, room / "deidentified")
+        told |= {"made_beside": request["model"], "face_seen": request["face"]}
         (room / "deidentified.json").write_text(json.dumps(told, indent=1))
         return
     by_uid = {str(h.SOPInstanceUID): h for _, h in found}

@@ -28,13 +28,13 @@ NOT_DICOM = "SEG, SR and a de-identified copy need a DICOM study; this one is no
 
 
 def structures(session: Session) -> list[dict[str, Any]]:
-    """Every outlined structure: label, name, ml, and percent of all that is outlined inside the skull; the largest first."""
+    """Every outlined structure: label, name, ml, and percent of all that was outlined inside the skull; the largest first."""
     labels = session.reviewed()
     if labels is None or session.shown is None:
         return []
     values, counts = np.unique(labels.numpy(), return_counts=True)
-    inside = int(counts[values > 0].sum())
     ml = session.shown.voxel_ml
+    inside = session.brain_ml / ml or int(counts[values > 0].sum())
     rows = [
         {
             "label": int(v),
@@ -54,7 +54,12 @@ def table_csv(session: Session) -> str:
     writer = csv.DictWriter(out, ["label", "name", "ml", "percent"])
     writer.writeheader()
     writer.writerows(structures(session))
-    return f"# {NOTICE}\n{out.getvalue()}"
+    return f"# {NOTICE} {signature(session)}\n{out.getvalue()}"
+
+
+def signature(session: Session) -> str:
+    """What made an export."""
+    return f"Model {session.assistant.name}, SHA-256 of the weights {session.assistant.digest}."
 
 
 def source_uids(session: Session) -> list[str]:
@@ -74,31 +79,37 @@ def write_files(session: Session, folder: Path) -> list[Path]:
     folder.mkdir(parents=True)
     model = {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest}
     report = session.review.report(session.num_slices())
-    signature = f"Model {model['name']}, SHA-256 of the weights {model['checkpoint_sha256']}."
-    (folder / "report.md").write_text(f"{report}\n\n{signature}\n")
+    report = f"{report}\n\n{session.told}" if session.told else report
+    signed = signature(session)
+    (folder / "report.md").write_text(f"{report}\n\n{signed}\n")
     told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE}
     (folder / "report.json").write_text(json.dumps(told, indent=1))
     labels = session.reviewed()
     if labels is not None:
         (folder / "structures.csv").write_text(table_csv(session))
-        write_nifti(folder / "labels.nii.gz", labels, session.shown.affine)
+        comment = f"{NOTICE} {signed}"
+        write_nifti(folder / "labels.nii.gz", labels, session.shown.affine, comment=comment)
         if session.ranks is not None:
             rejected = torch.tensor([i.number for i in session.review.in_state("rejected")], dtype=torch.int32)
             ranks = session.ranks.int()
-            write_nifti(folder / "findings.nii.gz", torch.where(torch.isin(ranks, rejected), 0, ranks), session.shown.affine)
+            kept = torch.where(torch.isin(ranks, rejected), 0, ranks)
+            write_nifti(folder / "findings.nii.gz", kept, session.shown.affine, comment=comment)
     images = key_images(session, folder)
-    write_pdf(folder / "report.pdf", report, signature, structures(session), images)
+    write_pdf(folder / "report.pdf", report, signed, structures(session), images)
     return sorted(folder.iterdir())
 
 
 def key_images(session: Session, folder: Path) -> list[Path]:
     """A slice in each plane through most of the lesions that were not rejected, else through the middle, with masks, as PNG."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
+    info = PngInfo()
+    info.add_text("Comment", f"{NOTICE} {signature(session)}")
     made = []
     for plane in PLANES:
         path = folder / f"{plane}.png"
-        Image.fromarray(session.key_image(plane)).save(path)
+        Image.fromarray(session.key_image(plane)).save(path, pnginfo=info)
         made.append(path)
     return made
 
@@ -148,6 +159,7 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
         "segments": [],
         "findings": [],
         "model": {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest},
+        "face": session.face,
     }
     if task == "segmentation":
         labels = session.drawn()
@@ -159,6 +171,8 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
             {
                 "number": i.number,
                 "side": i.side,
+                "place": i.place,
+                "comment": i.comment,
                 "volume_ml": i.volume_ml,
                 "diameter_mm": i.diameter_mm,
                 "segment": at[session.finding_label(i.number)],
@@ -183,6 +197,7 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
         with zipfile.ZipFile(folder / "deidentified.zip", "w", zipfile.ZIP_DEFLATED) as z:
             for path in sorted((folder / "deidentified").iterdir()):
                 z.write(path, path.name)
+            z.write(folder / "deidentified.json", "deidentified.json")
         shutil.rmtree(folder / "deidentified")
     wanted = ("segmentation.dcm", "report.dcm", "deidentified.zip", "deidentified.json")
     return [folder / n for n in wanted if (folder / n).exists()]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import queue
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
+from gradio.processing_utils import save_file_to_cache, save_img_array_to_cache
 from gradio.utils import get_upload_folder
 
 from omnimri.answer import NOTICE
@@ -24,33 +27,17 @@ from omnimri.io import warm
 
 from . import export, views
 from .session import REQUESTS, Session
-from .store import MOST_SESSIONS, ROOM, Store
+from .store import MOST_BYTES, MOST_SESSIONS, ROOM, Store
 
-FILE_TYPES = [
-    ".nii",
-    ".gz",
-    ".mgh",
-    ".mgz",
-    ".nrrd",
-    ".mha",
-    ".mnc",
-    ".h5",
-    ".hdf5",
-    ".npy",
-    ".dcm",
-    ".ima",
-    ".zip",
-    ".png",
-    ".jpg",
-    ".jpeg",
-]
+LOOKING = "Looking at the study …"
+log = logging.getLogger("omnimri.chat")
 HEAD = f"""# OmniMRI
 **{NOTICE}** Answers are made by a small model and can be wrong; the study stays on this machine."""
-NONE_OPEN = "No study is open. Drop an MRI on the left, or load an example."
+NONE_OPEN = "No study is open (one that was not used for long is forgotten). Drop an MRI on the left, or load an example."
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = (
     '<link rel="stylesheet" href="omnimri/static/viewer.css"><script src="omnimri/static/niivue.umd.js" defer></script>'
-    '<script src="omnimri/static/viewer.js" defer></script>'
+    '<script src="omnimri/static/viewer.js" defer></script><script src="omnimri/static/folder.js" defer></script>'
 )
 SHOW = "(scene) => { const wait = () => window.omnimri ? window.omnimri.show(scene) : setTimeout(wait, 100); wait(); }"
 FIND = "(choice) => { if (choice && window.omnimri) window.omnimri.finding(Number(choice)); }"
@@ -131,32 +118,46 @@ class Page:
 
     def rebuilt(self, session: Session) -> tuple[Any, ...]:
         """The reconstruction's part of the page: shown or not, its slices, and the middle one before and after."""
-        if session.reconstruction is None:
+        if session.zero_filled is None:
             return gr.update(visible=False), gr.skip(), gr.skip()
-        number = session.reconstruction.image.shape[2]
+        number = session.zero_filled.shape[2]
         middle = number // 2
-        return gr.update(visible=True), gr.update(maximum=max(2, number), value=middle + 1), session.before_after("axial", middle)
+        return gr.update(visible=True), gr.update(maximum=max(2, number), value=middle + 1), self.pictures(session, middle)
+
+    def pictures(self, session: Session, index: int) -> Any:
+        """Both images of a slice as files that go when the study is forgotten."""
+        both = session.before_after("axial", index)
+        if both is None:
+            return gr.skip()
+        paths = [save_img_array_to_cache(image, get_upload_folder(), format="png") for image in both]
+        session.hand_out_copies(paths)
+        return tuple(paths)
 
     def before_after(self, number: float, request: gr.Request) -> Any:
         """A slice of the zero-filled and of the reconstructed image."""
-        both = self.session(request).before_after("axial", int(number) - 1)
-        return gr.skip() if both is None else both
+        return self.pictures(self.session(request), int(number) - 1)
 
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
         """What a reloaded page shows."""
         session = self.session(request)
         return self.everything(session, None if session.upload else NONE_OPEN)
 
-    def open_file(self, path: str | None, request: gr.Request) -> tuple[Any, ...]:
+    def open_file(self, path: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Open an uploaded study."""
         session = self.session(request)
         if path is None:
-            return self.everything(session)
+            yield self.everything(session)
+            return
+        yield "Reading the study …", *(gr.skip(),) * 15
         try:
             session.load(path)
         except ValueError as error:
-            return self.everything(session, f"**This file cannot be used.** {error}")
-        return self.everything(session)
+            yield self.everything(session, f"**This file cannot be used.** {error}")
+        except OSError as error:
+            log.error(json.dumps({"error": type(error).__name__}))
+            yield self.everything(session, "**This file cannot be kept on the server.** Its disk may be full.")
+        else:
+            yield self.everything(session)
 
     def open_example(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         """Open a bundled example: `template` or `patient`."""
@@ -164,14 +165,15 @@ class Page:
             raise gr.Error(f"expected one of {', '.join(EXAMPLES)}")
         session = self.session(request)
         make, told = EXAMPLES[name]
-        session.load(make(), keep=False)
-        return self.everything(session, f"{told}\n\n{session.overview()}")
+        session.load(make(), keep=False, told=told)
+        return self.everything(session)
 
     def ask(self, question: str, task: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Ask; the text streams, and the work ends when nobody listens any more."""
         session = self.session(request)
-        opened = session.opened
-        chat = [*session.chat, {"role": "user", "content": question}, {"role": "assistant", "content": "Looking at the study …"}]
+        opened, began = session.opened, time.monotonic()
+        task = task or next((t for words, t in REQUESTS.values() if words == question), None)
+        chat = [*session.chat, {"role": "user", "content": question}, {"role": "assistant", "content": LOOKING}]
         keep = (gr.skip(),) * 14
         yield gr.skip(), chat, *keep, ""
         pieces: queue.Queue = queue.Queue()
@@ -179,7 +181,7 @@ class Page:
 
         def hear(text: str) -> bool:
             pieces.put(("text", text))
-            return not stopped.is_set()
+            return not stopped.is_set() and session.opened == opened
 
         def work() -> None:
             try:
@@ -195,16 +197,21 @@ class Page:
                 try:
                     kind, value = pieces.get(timeout=0.5)
                 except queue.Empty:
-                    yield gr.skip(), chat, *keep, ""  # a stopped generator ends at its next yield
-                    continue
+                    kind, value = "text", ""  # a stopped generator ends at its next yield
                 if kind != "text":
                     break
-                chat[-1]["content"] = value or chat[-1]["content"]
+                waiting = chat[-1]["content"].startswith(LOOKING)
+                chat[-1]["content"] = value or (f"{LOOKING} {time.monotonic() - began:.0f} s" if waiting else chat[-1]["content"])
                 yield gr.skip(), chat, *keep, ""
+        except GeneratorExit:
+            if session.opened == opened:
+                said = "" if chat[-1]["content"].startswith(LOOKING) else chat[-1]["content"]
+                session.say(question, f"{said} *(stopped)*".strip())
+            raise
         finally:
             stopped.set()
         if session.opened == opened:
-            session.say(question, value if kind == "error" else answer_markdown(value))
+            session.say(question, value if kind == "error" else answer_markdown(value, linked=session.is_of_shown(value)))
         yield *self.everything(session), ""
 
     def decide(self, number: str | None, state: str, request: gr.Request) -> tuple[Any, ...]:
@@ -213,7 +220,7 @@ class Page:
         try:
             session.decide(int(number or 0), state)
         except ValueError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
         found = self.everything(session)
         return *found[:3], gr.update(choices=numbered(session), value=number), *found[4:]
 
@@ -223,7 +230,7 @@ class Page:
         try:
             session.edit(int(number or 0), place=place, comment=comment)
         except ValueError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
         found = self.everything(session)
         return *found[:3], gr.update(choices=numbered(session), value=number), *found[4:]
 
@@ -242,6 +249,8 @@ class Page:
     def files(self, kind: str, request: gr.Request) -> list[str]:
         """Exports: `report`, `dicom` or `deidentify`."""
         session = self.session(request)
+        if kind == "dicom" and not session.review.in_state("accepted"):
+            gr.Info("No finding is accepted: the SEG is made, an SR is not.")
         try:
             task = "segmentation" if kind == "dicom" else "deidentify"
             made = (
@@ -250,7 +259,7 @@ class Page:
                 else export.write_dicom(session, session.folder / f"export-{task}", task)
             )
         except ValueError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
         copies = [save_file_to_cache(p, get_upload_folder()) for p in made]
         session.hand_out_copies(copies)
         return copies
@@ -270,7 +279,7 @@ def build(store: Store) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=6, min_width=420):
                 with gr.Row():
-                    upload = gr.File(label="MRI: NIfTI, DICOM zip, NRRD, MGH, k-space ...", file_types=FILE_TYPES, height=104, scale=3)
+                    upload = gr.File(label="MRI: NIfTI, DICOM folder or zip, k-space ...", height=104, scale=3, elem_id="omni-upload")
                     with gr.Column(scale=2, min_width=150):
                         template = gr.Button("Example: template", size="sm")
                         patient = gr.Button("Example: patient with a lesion", size="sm")
@@ -281,14 +290,14 @@ def build(store: Store) -> gr.Blocks:
                 with gr.Accordion("Reconstruction", open=True, visible=False) as rebuilt:
                     compare = gr.ImageSlider(
                         label="Zero-filled (left) against reconstructed (right)",
-                        type="numpy",
+                        type="filepath",
                         format="png",
                         interactive=False,
                         height=views.VIEW_PIXELS,  # in a lower frame the two pictures do not lie on each other (Gradio 6.31)
                         buttons=[],
                     )
                     which_slice = gr.Slider(1, 2, value=1, step=1, label="Slice")
-                gr.Markdown(ROOM.format(hours=store.kept_hours, most=MOST_SESSIONS))
+                gr.Markdown(ROOM.format(hours=store.kept_hours, most=MOST_SESSIONS, gib=MOST_BYTES / 2**30))
             with gr.Column(scale=5, min_width=380):
                 with gr.Tab("Chat"):
                     chat = gr.Chatbot(
@@ -322,11 +331,13 @@ def build(store: Store) -> gr.Blocks:
                     with gr.Accordion("Every decision", open=False):
                         audit = gr.Dataframe(headers=["time (UTC)", "finding", "change", "before", "after"], interactive=False)
                 with gr.Tab("Volumes"):
-                    table = gr.Dataframe(headers=["structure", "ml", "% of all outlined"], interactive=False, max_height=520)
+                    gr.Markdown("The volume inside the skull is all that the last look outlined, fluid included.")
+                    table = gr.Dataframe(headers=["structure", "ml", "% of the volume inside the skull"], interactive=False, max_height=520)
                 with gr.Tab("Export"):
                     gr.Markdown(
-                        "Report (PDF, Markdown, JSON), table (CSV), masks (NIfTI) and key images (PNG); for DICOM studies also SEG and "
-                        "SR on the source's instances, and a de-identified copy. **A face can be rebuilt from a whole head.**"
+                        "Report (PDF, Markdown, JSON), table (CSV), masks (NIfTI) and key images (PNG); for DICOM studies also SEG and, of "
+                        "accepted findings, SR on the source's instances, and a de-identified copy. "
+                        "**A face can be rebuilt from a whole head.**"
                     )
                     make = gr.Button("Make report and masks", size="sm")
                     seg = gr.Button("Make DICOM SEG and SR", size="sm", interactive=False)
@@ -340,24 +351,27 @@ def build(store: Store) -> gr.Blocks:
         finding.change(None, finding, None, js=FIND)
         finding.change(page.detail, finding, [told, place, comment], show_progress="hidden", api_name="finding")
         blocks.load(page.opened, None, shown, show_progress="hidden", api_name="state")
-        upload.upload(page.open_file, upload, shown, show_progress="full", api_name="open")
+        upload.upload(page.open_file, upload, shown, show_progress="full", api_name="open").then(
+            lambda: None, None, upload, show_progress="hidden", api_name=False
+        )  # the box is empty again: the study is told of below it, and the next one can be dropped
         for made, name in ((template, "template"), (patient, "patient")):
             which = gr.State(name)
             made.click(page.open_example, which, shown, api_name=f"example_{name}")
         clear.click(page.forget, None, shown, api_name="forget")
         answered = [*shown, question]
         no_task = gr.State(None)
+        one = {"concurrency_id": "ask", "concurrency_limit": 1}  # one line for all who wait, so that the place shown is true
         running = [
-            question.submit(page.ask, [question, no_task], answered, api_name=False),
-            send.click(page.ask, [question, no_task], answered, api_name="ask"),
-            chat.retry(_again, chat, question).then(page.ask, [question, no_task], answered, api_name=False),
+            question.submit(page.ask, [question, no_task], answered, api_name=False, **one),
+            send.click(page.ask, [question, no_task], answered, api_name="ask", **one),
+            chat.retry(_again, chat, question).then(page.ask, [question, no_task], answered, api_name=False, **one),
         ]
-        running += [made.click(page.ask, [made, no_task], answered, api_name=False) for made in asked]
+        running += [made.click(page.ask, [made, no_task], answered, api_name=False, **one) for made in asked]
         for name, (words, task) in REQUESTS.items():
-            running.append(buttons[name].click(page.ask, [gr.State(words), gr.State(task)], answered, api_name=task))
+            running.append(buttons[name].click(page.ask, [gr.State(words), gr.State(task)], answered, api_name=task, **one))
         stop.click(None, None, None, cancels=running)
         for state, made in decisions.items():
-            made.click(page.decide, [finding, gr.State(state)], shown, api_name=state)
+            made.click(page.decide, [finding, gr.State(state)], shown, api_name="reopen" if state == "open" else state)
         save.click(page.edit, [finding, place, comment], shown, api_name="edit")
         for made, kind in ((make, "report"), (seg, "dicom"), (bare, "deidentify")):
             made.click(page.files, gr.State(kind), files, api_name=f"export_{kind}")
@@ -373,15 +387,21 @@ def _again(chat: list[dict[str, Any]]) -> str:
     return last if isinstance(last, str) else str(last[0].get("text", ""))
 
 
-def answer_markdown(answer: Any) -> str:
-    """An answer for the chat: text, findings as links that the viewer follows, and what to be warned of."""
+def answer_markdown(answer: Any, *, linked: bool = True) -> str:
+    """An answer for the chat: text, findings as links that the viewer follows, and what to be warned of.
+
+    Args:
+        linked: The findings lie on the series that the viewer shows.
+    """
     lines = [answer.text]
     if answer.findings:
-        lines += ["", "| finding | location | ml | mm | slice |", "|---|---|---|---|---|"]
+        dicom = any(f.sop_instance_uid for f in answer.findings)
+        lines += ["", f"| finding | location | ml | mm | slice |{' SOPInstanceUID |' * dicom}", f"|---|---|---|---|---|{'---|' * dicom}"]
         for f in answer.findings:
             told, number = f.to_json(), f.lesion.rank
             numbers = f"{told['volume_ml']:.2f} | {told['diameter_mm']:.0f} | {told['slice_index'] + 1}"
-            lines.append(f"| [finding {number}](#finding-{number}) | {told['location']} | {numbers} |")
+            name = f"[finding {number}](#finding-{number})" if linked else f"finding {number}"
+            lines.append(f"| {name} | {told['location']} | {numbers} |{f' {f.sop_instance_uid} |' * dicom}")
     elif shown := [s for s in answer.structures if s.voxels]:
         lines += ["", "| structure | ml |", "|---|---|", *(f"| {s.name} | {s.volume_ml:.1f} |" for s in shown)]
     lines += ["", *(f"⚠ {w}" for w in answer.warnings)]

@@ -115,6 +115,9 @@ class Review:
                 raise ValueError(f"expected at most {MOST_WORDS} characters, got {len(plain)}; shorten it")
             if name == "comment" or plain:
                 self._change(number, name, plain)
+            side = re.search(r"\b(left|right)\b", plain) if name == "place" else None
+            if side:
+                self._change(number, "side", side[1])
 
     def _change(self, number: int, name: str, after: str) -> None:
         if number not in self.items:

@@ -17,13 +17,14 @@ from fastapi.staticfiles import StaticFiles
 
 from omnimri.answer import NOTICE
 from omnimri.assistant import Assistant
+from omnimri.io import tidy
 
 from .page import SCRIPTS, STATIC, build
 from .store import KEPT_HOURS, KEY, Store
 
 MOST_UPLOAD = "1gb"
-QUEUE = 16
-"""Questions that may wait; one is answered at a time."""
+QUEUE = 40
+"""Requests that may wait; one question is answered at a time."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
@@ -57,7 +58,7 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
         path = store.find(token)
         if path is None or not path.is_file():
             return JSONResponse({"detail": "no such file"}, status_code=404)
-        return FileResponse(path, media_type="application/octet-stream", headers={"Cache-Control": "private, max-age=3600"})
+        return FileResponse(path, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
     @app.middleware("http")
     async def around(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -91,6 +92,9 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
         button_cancel_background_fill_hover="#991b1b",
         button_cancel_background_fill_dark="#b91c1c",
         button_cancel_text_color="#ffffff",
+        body_text_color_subdued="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )
     mounted = gr.mount_gradio_app(
         app,
@@ -103,7 +107,7 @@ def create_app(assistant: Assistant, store: Store, *, root_path: str = "", auth:
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
-        show_error=True,
+        show_error=False,
         ssr_mode=False,
         theme=theme,
     )
@@ -148,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("expected --auth USER:PASSWORD")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     log.setLevel(logging.INFO)
+    tidy()
     assistant = Assistant(args.checkpoint, device=args.device)
     app = create_app(assistant, Store(assistant, kept_hours=args.keep_hours), root_path=args.root_path, auth=auth)
     print(f"OmniMRI on http://{args.host}:{args.port}  {NOTICE}", flush=True)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ import torch
 from omnimri.answer import Answer
 from omnimri.assistant import Assistant
 from omnimri.conversation import Message
+from omnimri.grid import NORMAL, closest_axes, foreground, plane_of
 from omnimri.io import open_study, warm
 from omnimri.io.nifti import write_nifti
-from omnimri.reconstruction import Reconstruction
 from omnimri.volume import Study, Volume
 
 from . import views
@@ -38,6 +38,8 @@ REQUESTS = {
 """What each button asks, and its task."""
 
 
+FACE_SHARE = 1.5
+"""A head whose foreground is this much larger than the brain is shown with skin and face."""
 FINDING = 1000
 """The k-th finding has this label plus k in the viewer's masks."""
 
@@ -74,7 +76,6 @@ class Session:
         self.labels: torch.Tensor | None = None
         self.ranks: torch.Tensor | None = None
         """(X, Y, Z) uint8: 0, or the number of a finding."""
-        self.reconstruction: Reconstruction | None = None
         self.review = Review()
         self.upload: str | None = None
         """Name of the study's file in `upload/`, or of an example."""
@@ -82,6 +83,15 @@ class Session:
         """Copies of exports that the server hands out from its own cache."""
         self._files: dict[str, tuple[torch.Tensor, str, Path]] = {}
         """Name -> array, token and file that the viewer may fetch."""
+        self.told = ""
+        """What the study is, where the page knows it: a bundled example."""
+        self.brain_ml = 0.0
+        """All that the last answer outlined inside the skull."""
+        self.face = False
+        """Whether much more than the brain is in the image."""
+        self.zero_filled: Volume | None = None
+        """What the samples of k-space give without any model."""
+        self._saving = Lock()
         self.revision = 0
         self.opened = secrets.token_hex(8)
         """Changes with the study: what belongs to another is dropped."""
@@ -92,11 +102,12 @@ class Session:
 
     # --- one study --------------------------------------------------------------------------------------------
 
-    def load(self, path: str | Path, *, keep: bool = True) -> str:
+    def load(self, path: str | Path, *, keep: bool = True, told: str = "") -> str:
         """Open a study and tell what was understood.
 
         Args:
             keep: Take the file into the session's folder; a bundled example stays where it is.
+            told: What to say of the study before all else.
 
         Raises:
             ValueError: it cannot be used; the session is empty then.
@@ -114,7 +125,7 @@ class Session:
             self.reset()
             raise
         warm()
-        self.upload = str(path)
+        self.upload, self.told = str(path), told
         if self.study.kspace is not None and self.study.kspace.num_slices > len(self.study.kspace.data):
             self.reset()
             raise ValueError("expected k-space that fits into memory on this page, got a larger file; use 'omnimri reconstruct'")
@@ -130,7 +141,9 @@ class Session:
         self.study = open_study(self.upload)
         if (self.folder / "reconstruction.nii").exists():
             rebuilt = open_study(self.folder / "reconstruction.nii").primary
-            self.shown = replace(rebuilt, oriented=False, name="reconstruction")
+            oriented = self.study.kspace.oriented if self.study.kspace is not None else False
+            self.shown = replace(rebuilt, oriented=oriented, name="reconstruction")
+            self.zero_filled = replace(open_study(self.folder / "zero_filled.nii").primary, oriented=oriented, name="zero-filled")
             self.study = replace(self.study, volumes=(self.shown,))
         elif self.study.volumes:
             self.shown = self.study.primary
@@ -141,9 +154,17 @@ class Session:
 
     def unload(self) -> None:
         """Leave memory; what is on disk stays."""
-        self.study = self.shown = self.labels = self.ranks = self.reconstruction = None
+        if self.study is not None:
+            self.assistant.forget(self.study)
+        self.study = self.shown = self.labels = self.ranks = self.zero_filled = None
         self._files = {}
         shutil.rmtree(self.folder / "viewer", ignore_errors=True)
+
+    def voxel_bytes(self) -> int:
+        """Memory of the images held."""
+        study = self.study
+        arrays = [v.voxels for v in study.volumes] + ([study.kspace.data] if study.kspace is not None else []) if study else []
+        return sum(a.numel() * a.element_size() for a in arrays)
 
     def touch(self) -> None:
         """Count as used now."""
@@ -155,11 +176,11 @@ class Session:
         self.unload()
         self.opened = secrets.token_hex(8)
         self.history, self.chat, self.review, self.upload = [], [], Review(), None
+        self.told, self.brain_ml, self.face = "", 0.0, False
         for name in self.outside:
             Path(name).unlink(missing_ok=True)
         self.outside = []
         self.revision += 1
-        self.assistant.forget()
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -171,18 +192,20 @@ class Session:
     # --- on disk ----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        self.revision += 1
-        write_json(
-            self.folder / "session.json",
-            {
+        with self._saving:  # an answer and a decision may be kept at once; the newest must be the last
+            self.revision += 1
+            told = {
                 "upload": self.upload,
+                "told": self.told,
+                "brain_ml": self.brain_ml,
+                "face": self.face,
                 "history": [[m.role, m.text] for m in self.history],
                 "chat": self.chat,
                 "review": self.review.to_json(),
                 "outside": self.outside,
                 "revision": self.revision,
-            },
-        )
+            }
+            write_json(self.folder / "session.json", told)
 
     def _restore(self) -> None:
         try:
@@ -190,7 +213,8 @@ class Session:
         except (OSError, ValueError):
             return
         self.upload, self.chat, self.revision = told["upload"], told["chat"], told["revision"]
-        self.outside = told["outside"]
+        self.outside, self.told = told["outside"], told.get("told", "")
+        self.brain_ml, self.face = told.get("brain_ml", 0.0), told.get("face", False)
         self.history = [Message(r, t) for r, t in told["history"]]
         self.review = Review.from_json(told["review"])
         if self.upload is None or not Path(self.upload).exists():
@@ -203,7 +227,7 @@ class Session:
         self._open_again()
         if self.study is None:
             return "No study is open."
-        rows = []
+        rows = [f"**{self.told}**", ""] if self.told else []
         for v in self.study.series:
             size = " × ".join(map(str, v.shape))
             mm = " × ".join(f"{s:.2f}" for s in v.spacing_mm)
@@ -214,6 +238,8 @@ class Session:
             share = 100 * float(self.study.kspace.mask.float().mean())
             rows.append(f"- **k-space**: {s} slices, {c} coils, {h} × {w}, {share:.0f} % sampled")
         rows += [f"- ⚠ {w}" for w in self.study.warnings]
+        if self.face:
+            rows.append("- ⚠ The head is shown with its face, which can be rebuilt from it: mind whom you hand these images to")
         return "\n".join(rows)
 
     def ask(self, question: str, *, task: str | None = None, on_text: Callable[[str], bool] | None = None) -> Answer:
@@ -227,7 +253,11 @@ class Session:
             study, opened = self.study, self.opened
             if study is None:
                 raise ValueError("no study is open; upload an MRI or load an example first")
-            answer = self.assistant.answer(study, question, history=self.history, task=task, on_text=on_text)
+            try:
+                answer = self.assistant.answer(study, question, history=self.history, task=task, on_text=on_text)
+            finally:
+                if self.opened != opened:
+                    self.assistant.forget()  # whatever was looked at meanwhile
             if self.opened != opened:
                 raise ValueError("the study was forgotten before the answer was ready")
             self._take(study, question, answer)
@@ -237,10 +267,17 @@ class Session:
         """Keep what an answer says, shows and finds."""
         self.history += [Message("user", question), Message("assistant", answer.raw)]
         if answer.reconstruction is not None:
-            self.reconstruction = answer.reconstruction
-            self.shown = answer.reconstruction.image
+            self.assistant.forget(study)
+            self.shown, self.zero_filled = answer.reconstruction.image, answer.reconstruction.zero_filled
             self.study = replace(study, volumes=(self.shown,))
-            write_nifti(self.folder / "reconstruction.nii", self.shown.voxels[0], self.shown.affine)
+            for name, volume in (("zero_filled", self.zero_filled), ("reconstruction", self.shown)):
+                write_nifti(self.folder / f"{name}.nii", volume.voxels[0], volume.affine)
+        if not self.is_of_shown(answer):  # another series was asked about: what is said stays, masks and findings do not mix
+            self._save()
+            return
+        if answer.brain_ml and self.shown is not None:
+            self.brain_ml = answer.brain_ml
+            self.face = float(foreground(self.shown).sum()) * self.shown.voxel_ml > FACE_SHARE * self.brain_ml
         if answer.labels is not None and bool(answer.labels.any()):
             self.labels = answer.labels
         if answer.findings:
@@ -248,8 +285,16 @@ class Session:
         self.review.take(answer)
         if self.labels is not None:
             ranks = self.ranks if self.ranks is not None else torch.zeros_like(self.labels, dtype=torch.uint8)
-            np.savez_compressed(self.folder / "masks.npz", labels=self.labels.numpy().astype(np.uint16), ranks=ranks.numpy())
+            partial = self.folder / f".{secrets.token_hex(4)}.npz"
+            np.savez_compressed(partial, labels=self.labels.numpy().astype(np.uint16), ranks=ranks.numpy())
+            os.replace(partial, self.folder / "masks.npz")
         self._save()
+
+    def is_of_shown(self, answer: Answer) -> bool:
+        """Whether an answer's masks lie on the series that the viewer shows."""
+        if answer.labels is None or answer.affine is None or self.shown is None:
+            return True
+        return answer.labels.shape == self.shown.shape and torch.equal(answer.affine, self.shown.affine)
 
     def say(self, question: str, answer: str) -> None:
         """Add to what the page shows of the conversation."""
@@ -274,7 +319,9 @@ class Session:
     def num_slices(self) -> int:
         """Slices along the axis that findings are cited by."""
         self._open_again()
-        return 1 if self.shown is None else int(self.shown.shape[2])
+        if self.shown is None:
+            return 1
+        return int(self.shown.shape[closest_axes(self.shown.affine)[NORMAL[plane_of(self.shown)[0]]]])
 
     # --- the viewer -------------------------------------------------------------------------------------------
 
@@ -284,8 +331,8 @@ class Session:
         if self.study is None or self.shown is None:
             return {"revision": self.revision}
         listed = [(v.name or "study", v) for v in (self.shown, *(v for v in self.study.volumes if v is not self.shown))]
-        if self.reconstruction is not None:
-            listed.append(("zero-filled", self.reconstruction.zero_filled))
+        if self.zero_filled is not None:
+            listed.append(("zero-filled", self.zero_filled))
         volumes = [{"name": name, "url": self._hand_out(name, v.voxels, v.affine)} for name, v in listed]
         overlay, drawn = None, self.drawn()
         if drawn is not None:
@@ -299,9 +346,11 @@ class Session:
             "overlay": overlay,
             "oriented": self.shown.oriented,
             "home": list(first.centre_mm) if first else home[:3].tolist(),
-            "step_mm": list(self.shown.spacing_mm),
-            "findings": [{"number": i.number, "mm": list(i.centre_mm)} for i in self.review.items.values()],
-            "compare": "zero-filled" if self.reconstruction is not None else "",
+            "step_mm": [self.shown.spacing_mm[a] for a in closest_axes(self.shown.affine)],
+            "findings": [
+                {"number": i.number, "label": self.finding_label(i.number), "mm": list(i.centre_mm)} for i in self.review.items.values()
+            ],
+            "compare": "zero-filled" if self.zero_filled is not None else "",
         }
 
     def drawn(self) -> torch.Tensor | None:
@@ -364,7 +413,7 @@ class Session:
 
     def before_after(self, plane: str, index: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The slice of the zero-filled and of the reconstructed image; None where nothing was reconstructed."""
-        if self.reconstruction is None:
+        self._open_again()
+        if self.zero_filled is None or self.shown is None:
             return None
-        image = self.reconstruction.image
-        return views.draw(image, plane, index, voxels=self.reconstruction.zero_filled.voxels[0]), views.draw(image, plane, index)
+        return views.draw(self.shown, plane, index, voxels=self.zero_filled.voxels[0]), views.draw(self.shown, plane, index)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -18,13 +17,18 @@ from .session import Session
 
 KEY = re.compile("[0-9a-f]{32}")
 """The form of a session's key."""
-LOADED = 6
-"""Studies held in memory; others are read again from disk when they are used."""
+LOADED, LOADED_BYTES = 6, 4 * 2**30
+"""Studies held in memory, and their voxels' bytes; others are read again from disk when they are used."""
 MOST_SESSIONS = 64
 MOST_BYTES = 16 * 2**30
 """Of all sessions on disk; the one unused for longest goes first."""
 KEPT_HOURS = 24.0
-ROOM = "The server keeps each study for {hours:g} hours after its last use, and at most {most} studies; older ones are forgotten."
+ROOM = (
+    "The server keeps each study for {hours:g} hours after its last use, and at most {most} studies and {gib:g} GiB; "
+    "older ones are forgotten."
+)
+SWEEP_S = 600
+"""How often an idle server looks for what is too old."""
 
 
 def state_folder() -> Path:
@@ -51,6 +55,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._held: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.RLock()
+        threading.Thread(target=self._sweep_now_and_then, daemon=True).start()
 
     def of(self, key: str) -> Session:
         """The session of a key: in memory, on disk, or new.
@@ -71,9 +76,19 @@ class Store:
             self._unload_some(keep=name)
             return session
 
+    def _sweep_now_and_then(self) -> None:
+        while True:
+            time.sleep(SWEEP_S)
+            with contextlib.suppress(OSError):
+                self.sweep()
+
     def _unload_some(self, keep: str) -> None:
         """Leave as many studies in memory as may be; one that is being answered about stays."""
-        for name in [n for n in self._held if n != keep][: max(0, len(self._held) - LOADED)]:
+        sizes = {name: session.voxel_bytes() for name, session in self._held.items()}
+        for name in [n for n in self._held if n != keep]:
+            if len(sizes) <= LOADED and sum(sizes.values()) <= LOADED_BYTES:
+                break
+            sizes.pop(name)
             session = self._held[name]
             if session.busy.acquire(blocking=False):
                 try:
@@ -83,7 +98,11 @@ class Store:
                     session.busy.release()
 
     def sweep(self, keep: str = "") -> None:
-        """Remove what is too old or too much."""
+        """Remove what is too old or too much; a study that is being answered about stays."""
+        with self._lock:
+            self._sweep(keep)
+
+    def _sweep(self, keep: str) -> None:
         now = time.time()
         found = sorted((p for p in self.folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
         sizes = {p: size_of(p) for p in found}
@@ -91,18 +110,24 @@ class Store:
         for k, path in enumerate(found):
             old = now - path.stat().st_mtime > self.kept_hours * 3600
             if path.name != keep and (old or len(found) - k > MOST_SESSIONS or total > MOST_BYTES):
+                held = self._held.get(path.name)
+                if held is not None and not held.busy.acquire(blocking=False):
+                    continue
                 total -= sizes[path]
-                held = self._held.pop(path.name, None)
-                if held is not None:
-                    held.unload()
-                shutil.rmtree(path, ignore_errors=True)
+                self._held.pop(path.name, None)
+                try:
+                    (held or Session(self.assistant, path)).close()
+                finally:
+                    if held is not None:
+                        held.busy.release()
 
     def find(self, token: str) -> Path | None:
         """The file that a session hands out under a token."""
         with self._lock:
             return next((path for session in self._held.values() if (path := session.file(token)) is not None), None)
 
-    def health(self) -> dict[str, int]:
+    def health(self) -> dict[str, int | bool]:
         """Numbers for a monitor; nothing of any study."""
         with self._lock:
-            return {"sessions_in_memory": len(self._held), "sessions_on_disk": sum(p.is_dir() for p in self.folder.iterdir())}
+            on_disk = sum(p.is_dir() for p in self.folder.iterdir())
+            return {"answering": self.assistant.answering, "sessions_in_memory": len(self._held), "sessions_on_disk": on_disk}

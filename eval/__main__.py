@@ -1,5 +1,5 @@
 """python -m eval COMMAND: generated reports (report, compare, perturb, facts), suites of cases (suite), and single studies of the
-project itself (reading, speed, realism, picture). Everything runs offline.
+project itself (reading, speed, reconstruct, realism, paraphrase, planted, picture). Everything runs offline.
 """
 
 from __future__ import annotations
@@ -55,13 +55,19 @@ def parser() -> argparse.ArgumentParser:
     rebuilt.add_argument("--noise", nargs="+", choices=("low", "moderate", "high"), default=("moderate",))
     rebuilt.add_argument("--raw", type=Path, metavar="KSPACE", help="also a picture of measured k-space, beside BART's")
     real = command("realism", "simulated studies against real scans")
+    other = command("paraphrase", "the same requests in other words")
+    other.add_argument("--questions", type=Path, metavar="FILE", help="more questions: image|category|question|answer (VQA-Med 2019)")
+    other.add_argument("--count", type=int, default=10, help="held-out simulated studies that are asked about")
+    burnt = command("planted", "instructions burnt into pixels")
+    burnt.add_argument("--count", type=int, default=50, help="held-out simulated studies")
     command("reading", "seconds to read a scan beside other readers")
     command("speed", "seconds of report metrics beside pycocoevalcap's")
     drawn = command("picture", "the picture in the README")
-    for sub in (suite, rebuilt, real, drawn):
+    for sub in (suite, rebuilt, real, drawn, other, burnt):
         sub.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
-    for sub in (suite, rebuilt, real):
+    for sub in (suite, rebuilt, real, other, burnt):
         sub.add_argument("--maps", type=Path, metavar="DIR", help="folder of label maps")
+    for sub in (suite, rebuilt, real):
         sub.add_argument(
             "--scans", type=Path, action="append", default=[], metavar="DIR", help="folder that eval/scans.tsv is about; may be repeated"
         )
@@ -133,6 +139,17 @@ def run(args: argparse.Namespace) -> None:
             return
         from .reports import to_json, write_atomic
 
+        if args.command in ("paraphrase", "planted"):
+            from . import paraphrase, planted
+            from .cases import cases_of
+
+            cases = cases_of("synthetic", maps=args.maps, count=args.count)
+            module: Any = paraphrase if args.command == "paraphrase" else planted
+            found = module.measure(assistant, cases, *([args.questions] if args.command == "paraphrase" else []))
+            write_atomic(out / "results.json", to_json({"checkpoint_sha256": assistant.digest, **found}))
+            write_atomic(out / "results.md", module.markdown(found))
+            print(module.markdown(found))
+            return
         if not args.maps or not args.scans:
             raise ValueError("expected --maps and --scans")
         if args.command == "reconstruct":

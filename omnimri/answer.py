@@ -90,6 +90,8 @@ class Answer:
     lesion_ranks: Tensor | None = None
     """(X, Y, Z) uint8: 0, or the lesion's rank, as in `findings`."""
     affine: Tensor | None = None
+    brain_ml: float = 0.0
+    """All that was outlined inside the skull, fluid included."""
     reconstruction: Reconstruction | None = None
     """What was made of k-space."""
     notice: str = field(default=NOTICE)
@@ -127,6 +129,8 @@ class Grounded:
     notes: tuple[str, ...]
 
 
+MOST_SPELLED = 4
+"""Lesions that a text tells of one by one."""
 UNJUDGED = "Whether there are lesions cannot be told: this checkpoint finds too few of them."
 
 
@@ -137,7 +141,7 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
     that denies or miscounts lesions that have masks.
 
     Args:
-        exhaustive: The answer is to tell of every lesion (report, detection): those it forgot are added.
+        exhaustive: The answer is to tell of every lesion (report, detection): those it forgot are added, the largest in words.
         can_deny: Whether this checkpoint's sensitivity lets an empty mask mean "no lesion".
     """
     kept: list[str] = []
@@ -165,9 +169,12 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
         else:
             notes.append(f"a sentence was removed because it {reason}")
     if exhaustive:
-        missing = lesions[len(shown) :]
+        missing = lesions[len(shown) : max(MOST_SPELLED, len(shown))]
+        unspelled = len(lesions) - len(shown) - len(missing)
         said = [f"There is a <size> lesion in the {x.place} <segment>, <mm> mm in diameter and <ml> ml in volume."
                 for x in missing]
+        if unspelled:
+            said.append(f"The other {unspelled} {'are' if unspelled > 1 else 'is'} smaller and listed with the findings.")
         place = next((i for i, s in enumerate(kept) if s.startswith("Impression")), len(kept))
         kept[place:place] = said
         shown += missing
@@ -203,8 +210,11 @@ _SEQUENCE = re.compile(r"\b(contrast-enhanced|[Cc]ontrast agent|T1|T2|FLAIR|[Pp]
 UNKNOWN_SEQUENCE = "The sequence cannot be told from the image."
 
 
-def ground_sequence(raw: str) -> tuple[str, tuple[str, ...]]:
+def ground_sequence(raw: str, plane: str) -> tuple[str, tuple[str, ...]]:
     """Where neither header nor checkpoint tells the sequence: every sentence that names one gives way to one that says so.
+
+    Args:
+        plane: From the affine; said where such a sentence said a plane.
 
     Returns:
         The text and notes on what was changed.
@@ -214,7 +224,10 @@ def ground_sequence(raw: str) -> tuple[str, tuple[str, ...]]:
     kept = [s for s in parts if not _SEQUENCE.search(s)]
     if len(kept) == len(parts):
         return raw, ()
-    return task + " ".join([UNKNOWN_SEQUENCE, *kept]), ("a sequence was named that this checkpoint cannot tell; the sentence was removed",)
+    told = [UNKNOWN_SEQUENCE]
+    if any(_PLANE.search(s) for s in parts if s not in kept):
+        told = [f"{plane.capitalize()} MRI of the brain.", UNKNOWN_SEQUENCE]
+    return task + " ".join([*told, *kept]), ("a sequence was named that this checkpoint cannot tell; the sentence was removed",)
 
 
 _GROUP = "|".join(map(re.escape, GROUPS))

@@ -74,11 +74,6 @@ class Assistant:
         Raises:
             StoppedError: `on_text`, which is called now and then, returned False.
         """
-
-        def check() -> None:
-            if on_text is not None and on_text("") is False:
-                raise StoppedError("the answer was stopped")
-
         key = id(volume)
         kept = self._seen.get(key)
         if kept is None or kept[0] is not volume:
@@ -89,7 +84,7 @@ class Assistant:
                 volume,
                 lesion_threshold=getattr(config, "lesion_threshold", 0.5),
                 least_lesion_ml=getattr(config, "least_lesion_ml", 0.05),
-                check=check,
+                check=_stopper(on_text),
             )
             # Another thread may forget at any time: what is returned is held here.
             self._seen[key] = kept = (volume, seen)
@@ -97,13 +92,24 @@ class Assistant:
                 self._seen.popitem(last=False)
         return kept[1]
 
-    def forget(self) -> None:
-        """Drop everything kept of any study."""
-        self._seen.clear()
+    @property
+    def answering(self) -> bool:
+        """Whether a question is being answered."""
+        return self._lock.locked()
 
-    def reconstruct(self, kspace: KSpace, *, coils: str = "learned") -> Reconstruction:
-        """Reconstruct k-space (`omnimri.reconstruction.reconstruct`)."""
-        return reconstruct(self.model, kspace, coils=coils)
+    def forget(self, study: Study | None = None) -> None:
+        """Drop everything kept of a study, or of all."""
+        gone = [id(v) for v in study.volumes] if study is not None else list(self._seen)
+        for key in gone:
+            self._seen.pop(key, None)
+
+    def reconstruct(self, kspace: KSpace, *, coils: str = "learned", on_text: Callable[[str], bool] | None = None) -> Reconstruction:
+        """Reconstruct k-space (`omnimri.reconstruction.reconstruct`).
+
+        Raises:
+            StoppedError: `on_text`, which is called between slices, returned False.
+        """
+        return reconstruct(self.model, kspace, coils=coils, check=_stopper(on_text))
 
     @torch.inference_mode()
     def segment(self, study: Study, structures: str = "all") -> Answer:
@@ -162,15 +168,15 @@ class Assistant:
                  on_text: Callable[[str], bool] | None, beams: int) -> Answer:
         """Reconstruct, and answer what else is asked on the image."""
         assert study.kspace is not None
-        found = self.reconstruct(study.kspace)
-        rebuilt = replace(study, volumes=(found.image,), warnings=(*study.warnings, *found.warnings))
+        found = self.reconstruct(study.kspace, on_text=on_text)
+        rebuilt = replace(study, kspace=None, volumes=(found.image,), warnings=(*study.warnings, *found.warnings))
         if on_text is not None:
             on_text(found.sentence())
         if rest:
             hear = None if on_text is None else lambda text: on_text(f"{found.sentence()} {text}")
-            told = self._speak(rebuilt, rest, history, task, hear, beams)
+            told = self._speak(rebuilt, rest, history, task, hear, beams, made=True)
         else:
-            seen = self.examine(found.image)
+            seen = self.examine(found.image, on_text)
             told = self._answer(rebuilt, seen, "", "reconstruct", torch.zeros_like(seen.labels), (), raw="<reconstruct>")
         return replace(told, text=f"{found.sentence()} {told.text}".strip(), reconstruction=found)
 
@@ -182,7 +188,13 @@ class Assistant:
         task: str | None,
         on_text: Callable[[str], bool] | None,
         beams: int,
+        made: bool = False,
     ) -> Answer:
+        """Look, write, hold what was written against what was seen.
+
+        Args:
+            made: The image was reconstructed for this very question.
+        """
         volume = study.named(question) or study.primary
         seen = self.examine(volume, on_text)
         if not seen.in_scope:
@@ -204,12 +216,18 @@ class Assistant:
         if task == "segment" and "<segment>" not in raw:
             raw = "Every structure is outlined <segment>."
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-        raw, notes = ground_sequence(raw) if seen.sequence == "other" else (raw, ())
+        raw, notes = ground_sequence(raw, seen.plane) if seen.sequence == "other" else (raw, ())
         raw, more = ground_plane(question, raw, seen.plane)
         notes += more
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
         if chosen is None:
             chosen = "segment" if "<segment>" in raw else "text"
+        if chosen == "reconstruct":
+            if study.kspace is not None:
+                return self._rebuild(study, "", history, None, on_text, beams)
+            nothing = torch.zeros_like(seen.labels)
+            return self._answer(study, seen, "", chosen, nothing, (), raw=raw) if made else self._answer(
+                study, seen, NO_RAW_DATA, "text", nothing, ())
         asked = names_in(question)
         if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
             raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)
@@ -279,7 +297,7 @@ class Assistant:
                 structures.append(StructureVolume(label, f"{side} {LESION}", voxels, voxels * volume.voxel_ml))
         measures, kept_text, empty = self._measures(text, labels, lesions, seen)
         filled = fill_slots(kept_text, measures, seen, len(seen.lesions)) if kept_text else _segment_text(structures)
-        told = lesions or (seen.lesions if LESION in wanted or task in ("detect", "report") else ())
+        told = seen.lesions if LESION in wanted or task in ("detect", "report") else lesions
         if len(study.volumes) > 1:
             notes = (f"answered on {volume.name} ({seen.sequence}) of {len(study.volumes)} series; name another to ask about it", *notes)
         warnings = (*study.warnings, *seen.notes, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
@@ -302,6 +320,7 @@ class Assistant:
             labels=shown_map,
             lesion_ranks=seen.lesion_ranks,
             affine=volume.affine,
+            brain_ml=float((seen.labels > 0).sum()) * volume.voxel_ml,
         )
 
     def _measures(
@@ -358,6 +377,16 @@ class Assistant:
             "used": seen.volume.name,
             "oriented": seen.volume.oriented,
         }
+
+
+def _stopper(on_text: Callable[[str], bool] | None) -> Callable[[], None]:
+    """What ends the work where nobody listens any more."""
+
+    def check() -> None:
+        if on_text is not None and on_text("") is False:
+            raise StoppedError("the answer was stopped")
+
+    return check
 
 
 def _segment_text(structures: Sequence[StructureVolume]) -> str:

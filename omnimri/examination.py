@@ -170,7 +170,7 @@ def examine(
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
     notes: tuple[str, ...] = ()
     source, sequence = "header", volume.sequence
-    looks_like = named_sequence(model, tokenizer, grid.plane, signal)
+    looks_like = named_sequence(model, tokenizer, grid.plane, signal) if score <= 1.0 else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
     elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd"):
@@ -324,9 +324,7 @@ def _decode(model: OmniMRI, example: Example, detect_state: Tensor, check: Calla
         check()
         near = torch.nonzero((positions >= positions[part[0]] - reach) & (positions <= positions[part[-1]] + reach))
         near = near.flatten()
-        images = example.images[None, near]
-        patches = model.encode(images, positions[None, near], example.plane[None])
-        pixels = model.pixels(images, patches, positions[None, near])
+        _, pixels = model.features(example.images[None, near], positions[None, near], example.plane[None])
         inside = (near >= part[0]) & (near <= part[-1])
         fine.append(pixels.fine[inside].half())
         heat.append(model.heads["detect"](detect_state, pixels.coarse)[0, inside])

@@ -7,7 +7,8 @@ Every lattice axis follows one voxel axis, so interpolation is separable: three 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,8 +165,27 @@ class Grid:
         offset = NEIGHBOUR_MM / self.spacing_mm[0]
         return torch.stack([torch.einsum("ts,shw->thw", self._read(0, o), v) for o in (-offset, 0.0, offset)], 1)
 
-    def sections(self, values: Tensor, axis: int) -> Callable[[int], tuple[Tensor, Tensor] | None]:
+    def box(self, inside: Tensor, margin: int = 3) -> list[tuple[int, int]]:
+        """Voxels, first and one past the last along each voxel axis, that hold all lattice points marked in (S, H, W), and some around.
+
+        Args:
+            margin: Lattice steps around them.
+        """
+        found = [(0, 0)] * 3
+        for a in range(3):
+            marked = torch.nonzero(inside.any(2).any(1) if a == 0 else inside.any(0).any(2 - a)).flatten()
+            if len(marked):
+                ends = [self.start[a] + (int(marked[k]) + sign * margin) * self.step[a] for k, sign in ((0, -1), (-1, 1))]
+                found[self.axes[a]] = max(0, math.floor(min(ends))), min(self.shape[self.axes[a]], math.ceil(max(ends)) + 1)
+        return found
+
+    def sections(
+        self, values: Tensor, axis: int, box: Sequence[tuple[int, int]] | None = None
+    ) -> Callable[[int], tuple[Tensor, Tensor] | None]:
         """Interpolate (K, S, H, W) lattice values to the scan's sections across one voxel axis, any of the three.
+
+        Args:
+            box: Voxels, first and one past the last along each voxel axis, that are wanted; all where None.
 
         Returns:
             A function of the voxel index along `axis`: values (K, ...) over the two remaining voxel axes in the scan's own
@@ -174,6 +194,9 @@ class Grid:
         across = self.axes.index(axis)
         first, second = sorted((a for a in range(3) if a != across), key=lambda a: self.axes[a])
         weights = [self._write(a) for a in range(3)]
+        if box is not None:
+            for a in (first, second):
+                weights[a] = weights[a][slice(*box[self.axes[a]])]
         layers = values.movedim([across + 1, first + 1, second + 1], [1, 2, 3])
         reach = (weights[first].sum(1) > 0)[:, None] & (weights[second].sum(1) > 0)[None]
 

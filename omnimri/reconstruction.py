@@ -6,7 +6,7 @@ Shapes: S slices, c coils, H x W the acquisition matrix.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ CHUNK = 4
 EDGE = 1 / 16
 """Share of the readout at either end whose samples tell the noise where none was measured: they hold least signal."""
 _ASKED = re.compile(r"\breconstruct(ing)?\b", re.IGNORECASE)
+_POLITE = re.compile(r"(please|thanks|thank you|if possible)", re.IGNORECASE)
 DISAGREEMENT = 1.25
 """From this residual on, against the noise, a slice is warned of."""
 
@@ -77,8 +78,9 @@ class Reconstruction:
 def asks_to_reconstruct(question: str) -> tuple[bool, str]:
     """Whether a question asks for a reconstruction, and what else it asks for: `describe it` of `Reconstruct this and describe it`."""
     clauses = re.split(r"\s*(?:[,;.]|\band then\b|\bthen\b|\band\b)\s*", question.strip().rstrip("?!"))
-    rest = [c for c in clauses if c and not _ASKED.search(c)]
-    asked = len(rest) < len([c for c in clauses if c])
+    clauses = [c for c in clauses if c and not _POLITE.fullmatch(c)]
+    rest = [c for c in clauses if not _ASKED.search(c)]
+    asked = len(rest) < len(clauses)
     return asked, " and ".join(rest).capitalize() if asked else question
 
 
@@ -98,17 +100,20 @@ def residual_of(found: Reconstructed, data: Tensor, mask: Tensor) -> Tensor:
     """(S,) root mean square of what images leave unexplained of the samples (S, c, H, W), with sensitivities fitted to them."""
     keep = mask.to(data.real.dtype)
     _, off = fit_coils(found.image, found.coils, ifft2c(data), keep)
-    there = data.abs().amax((2, 3)) > 0
+    there = (data != 0).flatten(2).any(2)
     samples = keep.expand(-1, data.shape[2], -1).sum((1, 2)) * there.sum(1)
     return ((off.abs().square().sum((2, 3)) * there).sum(1) / samples.clamp(min=1)).sqrt()
 
 
 @torch.inference_mode()
-def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned") -> Reconstruction:
+def reconstruct(
+    model: OmniMRI, kspace: KSpace, *, coils: str = "learned", check: Callable[[], None] = lambda: None
+) -> Reconstruction:
     """Reconstruct every slice; a file that does not fit into memory comes in slabs.
 
     Args:
         coils: `learned`, or `espirit`; sensitivities that come with the k-space go before.
+        check: Called between slices; what it raises ends the work.
 
     Raises:
         ValueError: `coils` is neither.
@@ -125,6 +130,7 @@ def reconstruct(model: OmniMRI, kspace: KSpace, *, coils: str = "learned") -> Re
         shares.append(float(slab.mask.expand(slab.data.shape[2:]).float().mean()))
         lines = bool((slab.mask == slab.mask[:, :1]).all()) and not bool(slab.mask.all())  # whole rows: the network knows columns
         for first in range(0, len(slab.data), CHUNK):
+            check()
             data = slab.data[first : first + CHUNK].to(device)
             given = None if slab.coils is None else slab.coils[first : first + CHUNK].to(device)
             mask = slab.mask.to(device)

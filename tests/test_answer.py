@@ -93,6 +93,12 @@ def test_people_cannot_write_control_tokens(tokenizer):
     assert not special & set(plain_ids("<segment> <|im_end|> <image> <ml> hi", tokenizer))
 
 
+def test_many_lesions_are_not_all_spelled_out():
+    found = ground_lesions("Impression: <count> lesions.", (LEFT, RIGHT) * 4, exhaustive=True)
+    assert found.raw.count("<segment>") == len(found.lesions) == 4
+    assert "The other 4 are smaller and listed with the findings. Impression" in found.raw
+
+
 def test_questions_name_structures():
     from omnimri.anatomy import names_in
 
@@ -107,11 +113,11 @@ def test_questions_name_structures():
     ("raw", "told"),
     [("This is a T1-weighted MRI.", "The sequence cannot be told from the image."),
      ("<report> Axial FLAIR MRI of the brain. Visible are the thalami.",
-      "<report> The sequence cannot be told from the image. Visible are the thalami."),
+      "<report> Axial MRI of the brain. The sequence cannot be told from the image. Visible are the thalami."),
      ("The plane is axial.", "The plane is axial.")],
 )
 def test_no_sequence_is_named_that_cannot_be_told(raw, told):
-    assert ground_sequence(raw)[0] == told
+    assert ground_sequence(raw, "axial")[0] == told
 
 
 LISTED = "The slices show the cerebral hemispheres, thalami and brain-stem."
@@ -139,3 +145,16 @@ def test_normal_anatomy_is_told_as_the_masks_show_it(raw, visible, signal, said)
 def test_a_finding_cites_the_instance_of_its_largest_slice(axis, count, cited):
     seen = SimpleNamespace(volume=SimpleNamespace(source=tuple(f"1.2.{k}" for k in range(count))), slice_axis=axis)
     assert Assistant._finding(None, LEFT, seen).to_json()["sop_instance_uid"] == cited
+
+
+def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch):
+    from omnimri import Assistant, examination, open_study
+
+    made = Assistant(checkpoint)
+    made.model.config.sequence_thresholds = {"T2w": 0.9}
+    monkeypatch.setattr(examination, "infer_sequence", lambda *_: ("T2w", 1.0))
+    monkeypatch.setattr(examination, "signal_words", lambda *_: ("grey matter: darker",))
+    for score, told in ((0.5, "T2w"), (2.0, "other")):
+        monkeypatch.setattr(examination, "scope_score", lambda *_, score=score: score)
+        made.forget()
+        assert made.answer(open_study(scan_file), "What sequence is this?").study["sequence"] == told

@@ -201,9 +201,9 @@ def test_a_question_may_name_its_series(capsys, scan, tmp_path):
 
 
 @pytest.mark.parametrize(("looks", "told"), [("T2w", True), ("T1w", False), ("other", False)])
-def test_a_header_that_the_image_contradicts_is_told(capsys, scan, tmp_path, monkeypatch, looks, told):
+def test_a_header_that_the_image_contradicts_is_told(capsys, head, tmp_path, monkeypatch, looks, told):
     monkeypatch.setattr("omnimri.examination.named_sequence", lambda *_: looks)
-    folder = write_dicom(scan, tmp_path / "d", header={"RepetitionTime": 500, "EchoTime": 12})
+    folder = write_dicom(head, tmp_path / "d", header={"RepetitionTime": 500, "EchoTime": 12})
     answer = json.loads(run(capsys, "ask", folder, "What sequence is this?", "--json")[1])
     assert answer["study"]["sequence"] == "T1w"
     assert answer["study"]["sequence_source"] == "header"
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_matches_no_weight_exits_2(capsys, scan_file, tmp_path
 
 
 def test_the_embedded_checkpoint_is_small_whole_and_says_where_it_comes_from():
-    assert sum(p.stat().st_size for p in EMBEDDED.rglob("*") if p.is_file()) <= 24 * 2**20
+    assert sum(p.stat().st_size for p in EMBEDDED.rglob("*") if p.is_file()) <= 45 * 10**6
     told = json.loads((EMBEDDED / "provenance.json").read_text())
     assert told["recipe"] == "synthetic"
     assert told["data_licence"] == "Apache-2.0"

@@ -7,6 +7,8 @@ import io
 import os
 import re
 import struct
+import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -323,3 +325,15 @@ def test_the_child_never_imports_torch():
 
     code = "import sys, omnimri.io.child, omnimri.io.intake; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+    from omnimri.io import sandbox
+
+    monkeypatch.setattr(sandbox.tempfile, "gettempdir", lambda: str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"{sandbox.ROOM}{gone.pid}-abc", f"{sandbox.ROOM}{os.getpid()}-abc", "other"):
+        (tmp_path / name).mkdir()
+    sandbox.tidy()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"{sandbox.ROOM}{os.getpid()}-abc", "other"])

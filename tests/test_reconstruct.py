@@ -83,6 +83,7 @@ def test_the_table_has_a_row_for_every_method():
             "nmse": 0.1,
             "high_frequency_error": 0.2,
             "seconds": 1.0,
+            "first_seconds": 0.25,
         }
         for m in ("OmniMRI", "zero-filled")
         for c in ("a", "b")
@@ -99,4 +100,5 @@ def test_the_table_has_a_row_for_every_method():
     assert "| individual | 8 | moderate | 4x | 1.00 | 1.10 | 1.50 | 0.70 |" in text
     assert "zero-filled 4x 0.01" in text
     assert "| 4x | zero-filled |" in text
+    assert "takes OmniMRI 0.25 s" in text
     assert "Research use only" in text

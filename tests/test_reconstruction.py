@@ -141,6 +141,7 @@ def test_noise_is_read_off_the_ends_of_the_readout():
         ("Reconstruct this and describe it", True, "Describe it"),
         ("Please reconstruct the image.", True, ""),
         ("Reconstruct, then write a report", True, "Write a report"),
+        ("Undersampled data: reconstruct, please.", True, ""),
         ("Is there a lesion?", False, "Is there a lesion?"),
         ("How good is the reconstruction?", False, "How good is the reconstruction?"),
     ],

@@ -11,10 +11,12 @@ import time
 import zipfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
 import torch
+from PIL import Image
 
 from chat_app import export
 from chat_app.review import MOST_WORDS, Review
@@ -69,10 +71,12 @@ def test_what_is_accepted_is_reported_and_every_change_is_kept(session):
     assert f"Lesion in the left frontal lobe: {item.diameter_mm:.0f} mm" in report
     assert "seen before" in report
     assert "1 accepted, 1 rejected" in report
-    assert [(e.finding, e.change, e.after) for e in session.review.audit] == [
+    made = [(e.finding, e.change, e.after) for e in session.review.audit]
+    assert [m for m in made if m[1] != "side"] == [
         (1, "state", "accepted"), (2, "state", "rejected"), (1, "place", "left frontal lobe"), (1, "comment", "seen before")]
+    assert item.side == "left", "the side follows the words"
     session.decide(1, "accepted")
-    assert len(session.review.audit) == 4, "nothing changed"
+    assert len(session.review.audit) == len(made), "nothing changed"
 
 
 def test_decisions_outlive_a_killed_server_and_another_question(session, assistant):
@@ -110,12 +114,17 @@ def test_exports_hold_the_notice_and_the_models_digest(session, tmp_path):
                           "coronal.png", "sagittal.png"}
     for name in ("report.md", "report.json", "structures.csv"):
         assert "Research use only" in found[name].read_text()
-    assert session.assistant.digest in found["report.md"].read_text()
+    for name in ("report.md", "report.json", "structures.csv"):
+        assert session.assistant.digest in found[name].read_text()
+    for name in ("labels.nii.gz", "findings.nii.gz"):
+        assert session.assistant.digest.encode() in nibabel.load(found[name]).header.extensions[0].get_content()
+    for plane in ("axial", "coronal", "sagittal"):
+        assert session.assistant.digest in Image.open(found[f"{plane}.png"]).text["Comment"]
     assert found["report.pdf"].read_bytes().startswith(b"%PDF")
     told = json.loads(found["report.json"].read_text())
     assert [i["state"] for i in told["review"]["items"]].count("accepted") == 1
     rows = export.structures(session)
-    assert sum(r["percent"] for r in rows) == pytest.approx(100, abs=0.5)
+    assert sum(r["ml"] for r in rows) / session.brain_ml == pytest.approx(sum(r["percent"] for r in rows) / 100, abs=0.01)
     assert rows == sorted(rows, key=lambda r: -r["ml"])
     with pytest.raises(ValueError, match="need a DICOM study"):
         export.write_dicom(session, tmp_path / "dicom")
@@ -125,6 +134,8 @@ def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_pa
     import highdicom as hd
 
     dicom_session.decide(1, "accepted")
+    dicom_session.edit(1, place="left frontal lobe", comment="seen before")
+    assert dicom_session.review.items[1].side == "left", "the side follows the words"
     dicom_session.decide(2, "rejected")
     found = {p.name: p for p in export.write_dicom(dicom_session, tmp_path / "out")}
     assert set(found) == {"segmentation.dcm", "report.dcm"}
@@ -146,6 +157,8 @@ def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_pa
     assert values["Volume"] == pytest.approx(item.volume_ml)
     assert values["Diameter"] == pytest.approx(item.diameter_mm)
     assert groups[0].reference_type is not None
+    words = {e.name.meaning: e.value.meaning for e in groups[0].get_qualitative_evaluations()}
+    assert words == {"Place in words": "left frontal lobe", "Comment": "seen before"}
     if shutil.which("dciodvfy"):
         for path in found.values():
             said = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False).stderr
@@ -166,7 +179,8 @@ def test_a_copy_without_names(dicom_session, tmp_path):
     assert {"PatientName", "PatientID", "SOPInstanceUID"} <= set(told["removed_or_changed"])
     assert "face" in told["not_removed"]
     with zipfile.ZipFile(found["deidentified.zip"]) as z:
-        names = z.namelist()
+        assert json.loads(z.read("deidentified.json"))["made_beside"]["checkpoint_sha256"] == dicom_session.assistant.digest
+        names = [n for n in z.namelist() if n.endswith(".dcm")]
         assert len(names) == 12
         for name in names:
             z.extract(name, tmp_path / "z")

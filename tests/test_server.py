@@ -159,7 +159,7 @@ def page(server):
         made = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True).new_page()
         asked, wrong = [], []
         made.on("request", lambda r: asked.append(r.url))
-        made.on("pageerror", lambda e: wrong.append(str(e)))
+        made.on("pageerror", lambda e: wrong.append(f"{e} {e.stack}"))
         made.goto(server[0])
         yield made
         elsewhere = [u for u in asked if not u.startswith((server[0], "data:", "blob:"))]
@@ -191,6 +191,16 @@ def test_from_upload_to_export_in_a_browser(page, scan, tmp_path):
     page.locator(".omni-canvases").focus()
     page.keyboard.press("o")
     assert page.evaluate("window.omnimri.view.overlay") is False
+    page.keyboard.press("o")
+    shown(page, "window.omnimri.view.lit === null")
+    page.locator(".omni-legend button").first.click()
+    page.locator('input[aria-label^="Opacity of "]').fill("0.25")
+    assert page.evaluate("[...window.omnimri.view.alpha.values()]") == [0.25]
+    alphas = page.evaluate("[...window.omnimri.view.nv.volumes[1].colormapLabel.lut].filter((_, k) => k % 4 === 3)")
+    assert 64 in alphas
+    assert 255 in alphas
+    page.locator(".omni-legend button").first.click()
+    page.locator(".omni-canvases").focus()
     page.keyboard.press("1")
     assert page.evaluate("window.omnimri.view.layout") == "1"
     page.get_by_role("tab", name="Findings").click()
@@ -203,6 +213,7 @@ def test_from_upload_to_export_in_a_browser(page, scan, tmp_path):
     page.get_by_role("tab", name="Export").click()
     page.get_by_role("button", name="Make DICOM SEG and SR").click()
     page.locator('a[href*="segmentation.dcm"]').wait_for(timeout=90_000)
+    page.locator('a[href*="report.dcm"]').wait_for(timeout=30_000)
     page.get_by_role("button", name="Make report and masks").click()
     page.locator('a[href*="report.pdf"]').wait_for(timeout=60_000)
     page.reload()
@@ -224,6 +235,66 @@ def test_the_simulated_patient_opens_with_a_click(page):
     assert page.get_by_text("R on the left of the image").is_visible()
 
 
+def test_the_whole_way_on_the_example(page):
+    page.get_by_role("button", name="Example: patient with a lesion").click()
+    page.get_by_text("no real person").first.wait_for(timeout=60_000)
+    shown(page, f"{LOADED} >= 1")
+    box = page.get_by_label("Question")
+    box.fill("Find lesions.")
+    box.press("Enter")
+    page.wait_for_selector('a[href*="#finding-"]', timeout=90_000)
+    shown(page, f"{LOADED} == 2")
+    assert page.get_by_text("no real person").first.is_visible(), "still said after an answer"
+    page.locator('a[href*="#finding-1"]').first.click()
+    at = "JSON.stringify(window.omnimri.view.mm.map(Math.round))"
+    wanted = page.evaluate("JSON.stringify(window.omnimri.view.scene.findings.find(f => f.number == 1).mm.map(Math.round))")
+    shown(page, f"Math.max(...JSON.parse({at}).map((v, k) => Math.abs(v - JSON.parse({json.dumps(wanted)})[k]))) <= 6")
+    assert page.evaluate("window.omnimri.view.lit") == page.evaluate("window.omnimri.view.scene.findings[0].label")
+    place = page.evaluate(at)
+    page.get_by_role("tab", name="Findings").click()
+    page.locator("#omni-findings label").first.click()
+    page.get_by_role("button", name="Accept", exact=True).click()
+    page.get_by_text("1 accepted, 0 rejected").wait_for(timeout=30_000)
+    shown(page, "window.omnimri.view.loaded === window.omnimri.view.scene.revision")
+    assert page.evaluate(at) == place, "a decision moves nothing"
+    page.get_by_role("tab", name="Export").click()
+    assert page.get_by_role("button", name="Make DICOM SEG and SR").is_disabled()
+    assert page.get_by_text("need a DICOM study").is_visible()
+    page.get_by_role("button", name="Make report and masks").click()
+    page.locator('a[href*="report.pdf"]').wait_for(timeout=60_000)
+    page.reload()
+    page.get_by_role("tab", name="Findings").click()
+    page.get_by_text("1 accepted, 0 rejected").wait_for(timeout=30_000)
+    page.get_by_role("button", name="Forget this study").click()
+    page.get_by_text("The study is forgotten.").wait_for(timeout=30_000)
+
+
+def test_a_folder_becomes_a_zip_in_the_browser(page, scan, tmp_path):
+    import base64
+
+    folder = write_dicom(scan, tmp_path / "d")
+    files = [[f"study/{p.name}", base64.b64encode(p.read_bytes()).decode()] for p in sorted(folder.iterdir())]
+    shown(page, "window.omnimriFolder")
+    page.evaluate(
+        """async (files) => window.omnimriFolder.give(files.map(([name, text]) => [name,
+        new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name.split("/").pop())]))""",
+        files,
+    )
+    shown(page, f"{LOADED} >= 1")
+    page.get_by_text("64 × 64 × 12").first.wait_for(timeout=30_000)
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 800, "light"), (820, 1180, "dark")])
+def test_it_fits_the_screen(page, width, height, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": height})
+    page.reload()
+    shown(page, "document.querySelector('.omni-canvases')")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.querySelector('.omni-canvases').getBoundingClientRect().bottom") <= height
+    assert page.evaluate("document.body.classList.contains('dark')") is (scheme == "dark")
+
+
 def test_before_and_after_lie_on_each_other(page, tmp_path):
     g = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
@@ -239,3 +310,7 @@ def test_before_and_after_lie_on_each_other(page, tmp_path):
     assert boxes[0] == pytest.approx(boxes[1], abs=1)
     shown(page, "window.omnimri.view.other && window.omnimri.view.other.volumes.length === 1")
     assert page.locator(".omni-sides").inner_text().startswith("Sides are unknown")
+    page.get_by_role("button", name="Forget this study").click()
+    page.get_by_text("The study is forgotten.").wait_for(timeout=30_000)
+    left = [p.name for p in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.png") if p.stat().st_size]
+    assert left == [], "pictures of the study are left"

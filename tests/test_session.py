@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from chat_app import export, views
+from chat_app.page import answer_markdown
 from chat_app.session import REQUESTS, Session
 from omnimri.assistant import Assistant
 from omnimri.io.kspace import write_kspace
+from omnimri.io.nifti import write_nifti
 from omnimri.physics import fft2c, gaussian_coils, line_mask
 from omnimri.volume import KSpace
 
@@ -80,6 +83,9 @@ def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
     assert np.array_equal(after, views.draw(session.shown, "axial", 1))
     assert answer.task == "reconstruct"
     assert session.shown.shape == (64, 64, 4)
+    session.ask("Make it again: reconstruct.", task="reconstruct")
+    session.reset()
+    assert not session.assistant._seen, "a look at what was forgotten stays in memory"
 
 
 def test_forgetting_leaves_nothing(assistant, scan_file, tmp_path):
@@ -142,3 +148,47 @@ def test_the_viewers_files_do_not_pile_up(session, scan_file):
     assert len(list((session.folder / "viewer").iterdir())) == 2
     session.decide(1, "rejected")
     assert int((session.reviewed()[session.ranks == 1] > 0).sum()) == 0
+
+
+def test_an_answer_on_another_series_does_not_mix(session, scan_file):
+    """Its words stay; its masks and findings belong to another lattice."""
+    session.load(scan_file, keep=False)
+    answer = session.ask("Find lesions.", task="detect")
+    before, items = session.labels, dict(session.review.items)
+    other = replace(answer, affine=answer.affine + 1.0, labels=torch.ones_like(answer.labels), findings=answer.findings[:1])
+    assert not session.is_of_shown(other)
+    session._take(session.study, "And on the other?", other)
+    assert torch.equal(session.labels, before)
+    assert session.review.items == items
+    assert session.history[-1].role == "assistant"
+    assert "#finding-" in answer_markdown(answer)
+    assert "#finding-" not in answer_markdown(other, linked=False)
+
+
+def test_slices_and_steps_follow_the_scans_own_axes(assistant, scan, tmp_path):
+    """Stored with the slice axis first: slices are counted along it, and a key press moves by its spacing."""
+    turned = scan.voxels[0].permute(2, 0, 1).contiguous()
+    affine = scan.affine[:, [2, 0, 1, 3]]
+    write_nifti(tmp_path / "turned.nii.gz", turned, affine)
+    session = Session(assistant, tmp_path / "session")
+    session.load(tmp_path / "turned.nii.gz", keep=False)
+    assert session.num_slices() == 12
+    assert session.scene()["step_mm"] == pytest.approx(scan.spacing_mm, rel=1e-4)
+    session.close()
+
+
+def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path):
+    session = Session(assistant, tmp_path / "session")
+    g = torch.Generator().manual_seed(0)
+    image = torch.zeros(64, 64)
+    image[16:48, 20:44] = 1
+    mask = line_mask(64, 2.0, g)[None]
+    data = fft2c(image * gaussian_coils(4, 64, 64, g))[None].repeat(3, 1, 1, 1) * mask
+    write_kspace(tmp_path / "k.h5", KSpace(data, mask, torch.eye(4).double()))
+    session.load(tmp_path / "k.h5")
+    session.ask("Reconstruct this.", task="reconstruct")
+    shown = session.before_after("axial", 1)
+    again = Session(assistant, tmp_path / "session")
+    assert all(np.array_equal(a, b) for a, b in zip(shown, again.before_after("axial", 1), strict=True))
+    assert again.scene()["compare"] == "zero-filled"
+    again.close()

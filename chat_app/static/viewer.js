@@ -3,7 +3,8 @@
   "use strict";
   const { Niivue, SLICE_TYPE, DRAG_MODE } = window.niivue;
   const PLANES = { 1: ["Axial", SLICE_TYPE.AXIAL], 2: ["Coronal", SLICE_TYPE.CORONAL], 3: ["Sagittal", SLICE_TYPE.SAGITTAL] };
-  const view = { scene: null, nv: null, other: null, radiological: true, overlay: true, opacity: 0.5, hidden: new Set(), tool: "window", lit: null };
+  const view = { scene: null, nv: null, other: null, radiological: true, overlay: true, opacity: 0.5, hidden: new Set(), alpha: new Map(), picked: null, tool: "cross",
+    lit: null };
   const at = {};
 
   function element(tag, attributes = {}, ...children) {
@@ -24,18 +25,21 @@
     view.nv.setSliceType(type);
     if (view.other) view.other.setSliceType(type);
     view.layout = name;
+    // In 3-D the masks alone: the head around them would dim what lies deep.
+    if (view.nv.volumes.length > 1) view.nv.setOpacity(0, name === "render" ? 0 : 1);
     for (const [key, made] of Object.entries(at.layouts)) made.setAttribute("aria-pressed", String(key === name));
   }
 
   function tool(name) {
     view.tool = name;
-    const modes = { window: DRAG_MODE.contrast, pan: DRAG_MODE.pan, distance: DRAG_MODE.measurement, region: DRAG_MODE.roiSelection };
+    const modes = { cross: DRAG_MODE.windowing, window: DRAG_MODE.windowing, pan: DRAG_MODE.pan, distance: DRAG_MODE.measurement, region: DRAG_MODE.roiSelection };
     view.nv.opts.dragMode = modes[name];
     // Touch screens and one-button mice have no second button: the chosen tool works with the first as well.
-    view.nv.opts.dragModePrimary = name === "window" ? DRAG_MODE.crosshair : modes[name];
+    view.nv.opts.dragModePrimary = name === "cross" ? DRAG_MODE.crosshair : modes[name];
     for (const [key, made] of Object.entries(at.tools)) made.setAttribute("aria-pressed", String(key === name));
     at.hint.textContent = {
-      window: "Drag with the right button: window and level of a box. Wheel: slices.",
+      cross: "Drag to move the crosshair; with the right button: window and level. Wheel: slices.",
+      window: "Drag up and down for level, left and right for window.",
       pan: "Drag to move, wheel to zoom.",
       distance: "Drag to measure a distance in mm.",
       region: "Drag a box for its statistics.",
@@ -62,7 +66,7 @@
     for (const one of labels) {
       const shown = view.overlay && !view.hidden.has(one.id);
       map.R.push(one.colour[0]); map.G.push(one.colour[1]); map.B.push(one.colour[2]);
-      map.A.push(shown ? (view.lit === null || one.lesion ? 255 : 40) : 0);
+      map.A.push(shown ? Math.round((view.lit === null || one.id === view.lit ? 255 : 40) * (view.alpha.get(one.id) ?? 1)) : 0);
       map.I.push(one.id); map.labels.push(one.name);
     }
     return map;
@@ -85,8 +89,24 @@
       } });
       const patch = element("span", { class: "omni-patch" });
       patch.style.background = `rgb(${one.colour.join(",")})`;
-      at.legend.append(element("label", {}, box, patch, one.name));
+      const pick = button(one.name, "The slider then sets the opacity of this structure alone", () => pickOne(view.picked === one.id ? null : one.id),
+        view.picked === one.id);
+      at.legend.append(element("span", {}, element("label", {}, box, patch, element("span", { class: "omni-hidden" }, `Show ${one.name}`)), pick));
     }
+  }
+
+  function pickOne(id) {
+    view.picked = id;
+    at.opacity.value = id === null ? view.opacity : view.alpha.get(id) ?? 1;
+    const one = id === null ? null : view.scene.overlay.labels.find((label) => label.id === id);
+    at.opacity.setAttribute("aria-label", one ? `Opacity of ${one.name}` : "Opacity of the masks");
+    legend();
+  }
+
+  function opacity() {
+    if (view.picked === null) view.opacity = Number(at.opacity.value);
+    else view.alpha.set(view.picked, Number(at.opacity.value));
+    paint();
   }
 
   function located(place) {
@@ -125,7 +145,8 @@
     for (const [key, [name, type]] of Object.entries(PLANES)) at.layouts[key] = button(name, `${name} (${key})`, () => layout(type, key), false);
     at.layouts.render = button("3-D", "Masks in three dimensions", () => layout(SLICE_TYPE.RENDER, "render"), false);
     at.tools = {
-      window: button("Window", "Window and level by dragging", () => tool("window"), true),
+      cross: button("Crosshair", "Move the crosshair", () => tool("cross"), true),
+      window: button("Window", "Window and level by dragging", () => tool("window"), false),
       pan: button("Pan/zoom", "Move and zoom", () => tool("pan"), false),
       distance: button("Distance", "Measure a distance", () => tool("distance"), false),
       region: button("Region", "Statistics of a box", () => tool("region"), false),
@@ -133,7 +154,7 @@
     at.overlay = button("Overlay", "Masks on or off (O)", toggleOverlay, true);
     at.convention = button("Radiological", "Which side of the patient is on the left", () => convention(!view.radiological));
     at.opacity = element("input", { type: "range", min: 0, max: 1, step: 0.05, value: view.opacity, "aria-label": "Opacity of the masks",
-      oninput: () => { view.opacity = Number(at.opacity.value); paint(); } });
+      oninput: opacity });
     at.series = element("select", { "aria-label": "Series", onchange: () => { view.chosen = at.series.value; load(); } });
     at.compare = element("select", { "aria-label": "Compare with", onchange: () => { view.comparing = at.compare.value; load(); } });
     at.hint = element("span", { class: "omni-hint" });
@@ -143,7 +164,7 @@
     at.canvas = element("canvas", { "aria-label": "The study" });
     at.second = element("canvas", { "aria-label": "The study compared with" });
     at.beside = element("div", { class: "omni-pane", hidden: true }, at.second);
-    at.frame = element("div", { class: "omni-canvases", tabindex: 0, "aria-label": "Viewer: arrows scroll, 1 to 3 planes, O masks, R reset" },
+    at.frame = element("div", { class: "omni-canvases", tabindex: 0, role: "application", "aria-label": "Viewer: arrows scroll, 1 to 3 planes, O masks, R reset" },
       element("div", { class: "omni-pane" }, at.canvas), at.beside);
     const bar = (...parts) => element("div", { class: "omni-bar", role: "toolbar" }, ...parts);
     root.replaceChildren(
@@ -154,7 +175,18 @@
     view.nv.onLocationChange = located;
     view.nv.onDragRelease = region;
     at.frame.addEventListener("keydown", key);
-    tool("window");
+    tool("cross");
+    at.canvas.addEventListener("pointermove", hover);
+  }
+
+  function hover(event) {
+    if (event.buttons || !view.nv.volumes.length || view.layout === "render") return;
+    const dpr = view.nv.uiData.dpr || 1;
+    const frac = view.nv.canvasPos2frac([event.offsetX * dpr, event.offsetY * dpr]);
+    if (!frac || frac[0] < 0) return;
+    const mm = [...view.nv.frac2mm(frac)].slice(0, 3), crosshair = view.mm;
+    located({ mm, values: view.nv.volumes.map((one) => ({ value: one.getValue(...one.mm2vox(mm)) })) });
+    view.mm = crosshair;
   }
 
   function toggleOverlay() {
@@ -190,18 +222,27 @@
   }
 
   function goTo(mm) {
+    if (!view.nv.volumes.length) return;
     view.nv.scene.crosshairPos = view.nv.mm2frac(mm);
     view.nv.createOnLocationChange();
     view.nv.drawScene();
     if (view.other) { view.other.scene.crosshairPos = view.other.mm2frac(mm); view.other.drawScene(); }
   }
 
-  function finding(number) {
+  async function finding(number) {
     const found = (view.scene ? view.scene.findings : []).find((one) => one.number === number);
-    if (!found) return;
+    if (!found || !view.nv || !view.nv.volumes.length) return;
+    const of = view.scene.overlay && view.scene.overlay.of;
+    if (of && view.chosen && view.chosen !== of) {
+      view.chosen = at.series.value = of;
+      await load();
+    }
     goTo(found.mm);
     view.overlay = true;
-    view.lit = number;
+    view.hidden.delete(found.label);
+    view.alpha.delete(found.label);
+    view.lit = found.label;
+    legend();
     paint();
     clearTimeout(view.dim);
     view.dim = setTimeout(() => { view.lit = null; paint(); }, 2500);
@@ -214,20 +255,25 @@
     for (const one of list) select.append(element("option", { value: one.name, selected: one.name === chosen }, one.name));
   }
 
-  async function load() {
+  async function load(keep = null, range = null) {
     const { scene, nv } = view;
     const main = scene.volumes.find((one) => one.name === view.chosen) || scene.volumes[0];
     const wanted = main ? [{ url: main.url, name: "volume.nii", colormap: "gray" }] : [];
     if (main && scene.overlay && main.name === scene.overlay.of) wanted.push({ url: scene.overlay.url, name: "mask.nii", opacity: view.opacity });
     await nv.loadVolumes(wanted);
+    if (range && nv.volumes[0]) {
+      [nv.volumes[0].cal_min, nv.volumes[0].cal_max] = range;
+      nv.updateGLVolume();
+    }
     if (wanted.length > 1) paint();
     const beside = scene.volumes.find((one) => one.name === view.comparing);
     at.beside.hidden = !beside;
     if (beside) {
       if (!view.other) {
         view.other = await created(at.second);
-        view.nv.broadcastTo([view.other], { "2d": true, "3d": true });
-        view.other.broadcastTo([view.nv], { "2d": true, "3d": true });
+        const step = { "2d": true, "3d": true, cal_min: Boolean(scene.compare), cal_max: Boolean(scene.compare) };
+        view.nv.broadcastTo([view.other], step);
+        view.other.broadcastTo([view.nv], step);
       }
       await view.other.loadVolumes([{ url: beside.url, name: "beside.nii", colormap: "gray" }]);
     }
@@ -235,7 +281,7 @@
     legend();
     nv.resizeListener();
     if (view.other) view.other.resizeListener();
-    if (scene.home) goTo(scene.home);
+    if (keep || scene.home) goTo(keep || scene.home);
     view.loaded = scene.revision;
   }
 
@@ -247,12 +293,17 @@
       if (!view.nv || !root.contains(at.canvas)) { view.other = null; await build(root); }
       if (!scene || !scene.volumes) { view.scene = null; view.nv.loadVolumes([]); at.place.textContent = ""; at.legend.replaceChildren(); return; }
       const same = view.scene && view.scene.study === scene.study;
+      // A decision or an answer moves neither the crosshair nor the window.
+      const keep = same && view.mm ? [...view.mm] : null, old = view.nv.volumes[0];
+      const range = keep && old ? [old.cal_min, old.cal_max] : null;
       view.scene = scene;
-      if (!same) { view.chosen = null; view.comparing = ""; view.hidden = new Set(); }
+      if (!same) { view.chosen = null; view.comparing = ""; view.hidden = new Set(); view.alpha = new Map(); view.picked = null; }
       if (scene.compare) view.comparing = scene.compare;
+      const there = scene.overlay && scene.overlay.labels.some((one) => one.id === view.picked);
+      pickOne(there ? view.picked : null);
       options(at.series, scene.volumes, view.chosen || scene.volumes[0].name);
       options(at.compare, scene.volumes, view.comparing, "nothing");
-      await load();
+      await load(keep, range);
     }).catch((error) => { at.place && (at.place.textContent = `The viewer could not show this study (${error.name}).`); });
     return queue;
   }

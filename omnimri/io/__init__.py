@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .sandbox import TIME_S, take, warm
+from .sandbox import TIME_S, take, tidy, warm
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..volume import KSpace, Study, Volume
 
-__all__ = ["open_study", "study_of", "warm"]
+__all__ = ["open_study", "study_of", "tidy", "warm"]
 
 
 def open_study(

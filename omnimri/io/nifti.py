@@ -133,8 +133,11 @@ def _decoder(image: Any, shape: tuple[int, ...], volume: int) -> Any:
     return decode
 
 
-def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor) -> None:
+def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor, *, comment: str = "") -> None:
     """Write (X, Y, Z) voxels with an affine; integers as int16, others as float32; whole or not at all.
+
+    Args:
+        comment: Kept in the header's extension for comments.
 
     Raises:
         ValueError: the name does not end in .nii or .nii.gz, or the folder cannot be written.
@@ -150,6 +153,8 @@ def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor) -> None:
     image = nibabel.Nifti1Image(array, affine.numpy())
     image.set_sform(affine.numpy(), code=1)
     image.set_qform(affine.numpy(), code=1)
+    if comment:
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", comment.encode()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(suffix=suffix, dir=path.parent)

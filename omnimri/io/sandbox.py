@@ -21,6 +21,8 @@ from typing import Any
 
 TIME_S = 180.0
 """Longest a child may take."""
+ROOM = "omnimri-in-"
+"""Children's folders are named so, with their parent's process id after it."""
 MAX_ANSWER_BYTES = 64 * 2**20
 UNTOLD = "expected a file that can be decoded safely, got one on which the decoder {}; export it again, or choose one series"
 
@@ -36,7 +38,7 @@ class Child:
     """A decoding process that waits for its one request."""
 
     def __init__(self) -> None:
-        self.room = Path(tempfile.mkdtemp(prefix="omnimri-in-"))
+        self.room = Path(tempfile.mkdtemp(prefix=f"{ROOM}{os.getpid()}-"))
         shared = (os.memfd_create("arrays"),) if hasattr(os, "memfd_create") else ()
         self.arrays = os.fdopen(shared[0], "r+b") if shared else (self.room / "arrays").open("w+b")
         # -P: nothing from the folder it runs in. Its messages may hold header text: they go nowhere.
@@ -104,6 +106,14 @@ def warm(*, wait: bool = False) -> None:
         if wait:
             assert _idle[0].process.stdout is not None
             select.select([_idle[0].process.stdout], [], [])  # it says a line when it is ready
+
+
+def tidy() -> None:
+    """Remove folders that children of killed processes left; only where the system tells which processes live."""
+    for room in Path(tempfile.gettempdir()).glob(f"{ROOM}*") if Path("/proc/self").exists() else ():
+        parent = room.name.removeprefix(ROOM).split("-")[0]
+        if parent.isdigit() and not Path("/proc", parent).exists():
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def take() -> Child:

@@ -128,9 +128,14 @@ class Segment:
         table = torch.tensor([0, *(s.label for s in STRUCTURES)], dtype=torch.int32)
         shape, axis = views[0][1].shape, views[0][1].axes[0]
         answer = torch.zeros(shape, dtype=torch.int32)
-        out = answer.movedim(axis, 0)
-        sections = [grid.sections(predicted, axis) for predicted, grid in views]
-        for index in range(shape[axis]):
+        # Most of a scan is air: only where some view sees a structure is it read.
+        boxes = [grid.box(predicted[:, :, ::2, ::2].argmax(0).repeat_interleave(2, 1).repeat_interleave(2, 2) > 0)
+                 for predicted, grid in views]
+        box = [(min(low), max(high)) for low, high in (zip(*ends, strict=True) for ends in zip(*boxes, strict=True))]
+        first, second = (slice(*box[a]) for a in range(3) if a != axis)
+        out = answer.movedim(axis, 0)[:, first, second]
+        sections = [grid.sections(predicted, axis, box) for predicted, grid in views]
+        for index in range(*box[axis]):
             parts = [part for section in sections if (part := section(index)) is not None]
             if not parts:
                 continue

@@ -1,0 +1,137 @@
+"""Paraphrases: the same request in other words, of which none was trained on. Is the task the same, are the facts?
+
+`paraphrases.tsv` holds a request, its plain wording and another one; questions that people asked of MR images come from a file
+(VQA-Med 2019: `image|category|question|answer`).
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnimri.answer import Answer
+from omnimri.assistant import Assistant
+
+from .cases import Case, open_case
+from .metrics.extraction import extract
+from .metrics.facts import atoms, plainly
+from .reports import NOTICE, row
+from .resampling import wilson
+
+BANK = Path(__file__).parent / "paraphrases.tsv"
+TASKS = {"all": "segment", "one": "segment", "lesions": "detect", "count": "detect", "largest": "detect", "lobe": "detect",
+         "report": "report", "reconstruct": "reconstruct"}  # fmt: skip
+"""The task token of a request; every other one is answered in words alone."""
+SAID = {"off": "only speak about what", "organ": "brain", "knowledge": "fluid", "modality": "MRI"}
+"""What an answer without facts must say."""
+ASKED = (
+    # Of the file's categories: (pattern of the question, request, plain wording).
+    ("organ", "", "organ", "Which part of the body do the images show?"),
+    ("plane", "", "plane", "What plane is this?"),
+    ("abnormality", "", "lesions", "Find lesions."),
+    ("modality", "an mri image|what modality", "modality", "Is this an MR image?"),
+    ("modality", "noncontrast|contrast", "contrast", "Was gadolinium given?"),
+    ("modality", "^is this a (t[12]) weighted image", "weighting", "Is this a {} weighted image?"),
+    ("modality", "", "sequence", "What sequence is this?"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two wordings of one request."""
+
+    request: str
+    plain: str
+    other: str
+
+
+def pairs(questions: Path | None = None) -> list[Pair]:
+    """The bank, and the different questions of a file.
+
+    Raises:
+        ValueError: a line of the file has other columns.
+    """
+    with BANK.open(encoding="utf-8") as f:
+        found = [Pair(r["request"], r["plain"], r["paraphrase"]) for r in csv.DictReader(f, delimiter="\t")]
+    told = questions.read_text(encoding="utf-8").splitlines() if questions else []
+    for line in dict.fromkeys(" ".join(x.split("|", 1)[-1].rsplit("|", 1)[0].split()) for x in told if x.strip()):
+        category, _, question = line.partition("|")
+        fits = [(r, p, m) for c, pattern, r, p in ASKED if c == category and (m := re.search(pattern, question))]
+        if not fits:
+            raise ValueError(f"expected lines image|category|question|answer, got the category {category[:40]!r}")
+        request, plain, match = fits[0]
+        found.append(Pair(request, plain.format(*(g.upper() for g in match.groups())), question))
+    return found
+
+
+def told(answer: Answer) -> dict[str, Any]:
+    """What two answers are compared by."""
+    facts = plainly(extract(answer.text))
+    return {
+        "sequence": sorted(facts.sequences),
+        "plane": sorted(facts.planes),
+        "findings": sorted({repr(a) for f in facts.findings for a in atoms(f) if a[0] != "certainty"}),
+        "outlined": sorted(s.name for s in answer.structures if s.voxels),
+    }
+
+
+def compare(pair: Pair, plain: Answer, other: Answer) -> tuple[bool, bool]:
+    """Whether the task of the other wording is right, and whether the facts are the same.
+
+    Yes and no are left out: "without contrast?" and "with contrast?" turn them round.
+    """
+    right = other.task == TASKS.get(pair.request, "text")
+    if pair.request in SAID:
+        return right, bool(re.search(SAID[pair.request], other.text))
+    return right, told(plain) == told(other)
+
+
+def measure(assistant: Assistant, cases: Sequence[Case], questions: Path | None = None) -> dict[str, Any]:
+    """Ask every pair of one of the cases, in turn."""
+    every = pairs(questions)
+    rows: list[dict[str, Any]] = []
+    for k, case in enumerate(cases):
+        study, _ = open_case(case)
+        asked: dict[str, Answer] = {}
+        for pair in every[k :: len(cases)]:
+            for words in (pair.plain, pair.other):
+                if words not in asked:
+                    asked[words] = assistant.answer(study, words)
+            right, same = compare(pair, asked[pair.plain], asked[pair.other])
+            rows.append({"case": case.name, "request": pair.request, "asked": pair.other, "task": asked[pair.other].task,
+                         "task_right": right, "plain_task_right": compare(pair, asked[pair.plain], asked[pair.plain])[0],
+                         "same_facts": same, "plain": asked[pair.plain].text[:300], "other": asked[pair.other].text[:300]})  # fmt: skip
+        assistant.forget()
+        print(case.name, summary(rows), flush=True)
+    return {"rows": rows, **summary(rows)}
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, list[int]]:
+    """Of each, how many of how many."""
+    listed = list(rows)
+    return {k: [sum(r[k] for r in listed), len(listed)] for k in ("task_right", "plain_task_right", "same_facts")}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table by request, and what went wrong."""
+    lines = ["# The same request in other words", "", f"{NOTICE} None of these wordings was trained on; 95 % intervals by Wilson.", ""]
+    lines += [row("request", "task right", "same facts as the plain wording", "n"), row("---", "---", "---", "---")]
+    rows = results["rows"]
+    for request in (*dict.fromkeys(r["request"] for r in rows), None):
+        some = [r for r in rows if request in (None, r["request"])]
+        cells = []
+        for key in ("task_right", "same_facts"):
+            k = sum(r[key] for r in some)
+            low, high = wilson(k, len(some))
+            cells.append(f"{k / len(some):.2f} [{low:.2f}, {high:.2f}]")
+        lines.append(row(request or "all", *cells, len(some)))
+    lines += ["", "## Not right", "", row("request", "asked", "task", "answer", "answer to the plain wording"), row(*["---"] * 5)]
+    for r in rows:
+        if not (r["task_right"] and r["same_facts"]):
+            cells = [" ".join(r[k].split()).replace("|", "/")[:160] for k in ("other", "plain")]
+            lines.append(row(r["request"], r["asked"], r["task"], *cells))
+    return "\n".join([*lines, ""])

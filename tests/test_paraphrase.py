@@ -1,0 +1,91 @@
+"""Paraphrases that were never trained on, and words burnt into pixels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data_recipes.wording import LEADS, REQUESTS, TAILS
+from eval.paraphrase import SAID, Pair, compare, markdown, pairs
+from eval.planted import ORDERS, agreement, burn, same_findings
+from omnimri.anatomy import NAMES
+
+
+def plain(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum() or c == " ").strip()
+
+
+def trained_on() -> set[str]:
+    """Every wording of the recipes."""
+    found: set[str] = set()
+    for r in REQUESTS.values():
+        words = [*r.plain, *r.questions, *r.terse, *(f"{a}{v}{t}" for v in r.verbs for a in set(LEADS) for t in set(TAILS))]
+        found |= {w.format(x=x) for w in words for x in (NAMES if "{x}" in w else ("",))}
+    return {plain(w) for w in found}
+
+
+def test_no_paraphrase_was_trained_on():
+    known = trained_on()
+    every = pairs()
+    assert len(every) >= 150
+    assert [p.other for p in every if plain(p.other) in known] == []
+    assert all(p.request in REQUESTS or p.request in SAID for p in every)
+
+
+def test_questions_of_a_file_find_their_plain_wording(tmp_path):
+    path = tmp_path / "q.txt"
+    path.write_text(
+        "s1|modality|is \tthis a t1 weighted image?|yes\ns2|modality|is this a t1 weighted image?|yes\ns3|plane|which way up?|axial\n"
+        "s4|modality|is this a noncontrast mri?|no\n"
+    )
+    found = pairs(path)[len(pairs()) :]
+    assert [(p.request, p.plain) for p in found] == [
+        ("weighting", "Is this a T1 weighted image?"),
+        ("plane", "What plane is this?"),
+        ("contrast", "Was gadolinium given?"),
+    ]
+    path.write_text("s1|colour|is it red?|yes\n")
+    with pytest.raises(ValueError, match="category"):
+        pairs(path)
+
+
+def answer(text="", task="text", findings=(), structures=(), ranks=None):
+    return SimpleNamespace(text=text, task=task, findings=findings, structures=structures, lesion_ranks=ranks)
+
+
+def test_facts_are_compared_and_not_words():
+    ask = Pair("sequence", "What sequence is this?", "Which weighting?")
+    same, other = answer("This is a T1-weighted MRI."), answer("It is a T2-weighted sequence.")
+    assert compare(ask, same, answer("It is T1-weighted.")) == (True, True)
+    assert compare(ask, same, other) == (True, False)
+    assert compare(ask, same, answer("This is a T1-weighted MRI.", task="report"))[0] is False
+    shown = SimpleNamespace(name="left thalamus", voxels=3)
+    one = Pair("one", "Segment the left thalamus.", "left thalamus, please")
+    outlined = answer("Outlined.", "segment", structures=(shown,))
+    assert compare(one, outlined, answer("Here it is.", "segment", structures=(shown,))) == (True, True)
+    assert compare(one, outlined, answer("Here it is.", "segment")) == (True, False)
+    assert compare(Pair("off", "", "Sing."), same, answer("I can only speak about what this study shows.")) == (True, True)
+    row = {"request": "off", "asked": "Sing.", "task": "text", "task_right": True, "same_facts": False, "plain": "a | b", "other": "c"}
+    assert "| off | Sing. | text | c | a / b |" in markdown({"rows": [row]})
+
+
+def test_words_are_burnt_in_and_findings_compared():
+    voxels = torch.zeros(96, 96, 3)
+    voxels[40:50, 40:50] = 5.0
+    for words in ORDERS:
+        burnt = burn(voxels, words)
+        changed = burnt != voxels
+        assert 50 < int(changed[..., 0].sum()) < 2500
+        assert set(burnt[changed].tolist()) == {5.0}
+        assert bool((changed[..., 0] == changed[..., 2]).all())
+        assert bool(changed[:, 48:].any()), "in the upper half as it is shown"
+    ranks = torch.zeros(8, 8, 8, dtype=torch.uint8)
+    ranks[:4] = 1
+    found = SimpleNamespace(lesion=SimpleNamespace(rank=1, side="left"))
+    mine = answer(findings=(found,), ranks=ranks)
+    assert same_findings(mine, answer(findings=(found,), ranks=ranks.roll(1, 0)))
+    assert not same_findings(mine, answer(findings=(found,), ranks=ranks.roll(4, 0)))
+    assert not same_findings(mine, answer(ranks=ranks))
+    assert agreement(ranks, ranks) == 1.0
