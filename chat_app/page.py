@@ -28,6 +28,7 @@ from omnimri.io import warm
 from . import export, views
 from .session import REQUESTS, Session
 from .store import MOST_BYTES, MOST_SESSIONS, ROOM, Store
+from .words import answer_markdown, last_question, numbered, suggestions
 
 LOOKING = "Looking at the study …"
 log = logging.getLogger("omnimri.chat")
@@ -67,22 +68,6 @@ EXAMPLES = {
     "template": (example_file, "Example: the MNI152 T1 template (an average of 152 real scans, through nilearn)."),
     "patient": (lambda: str(STATIC / "patient.nii.gz"), "Example: a simulated FLAIR study of a patient with a lesion (no real person)."),
 }
-
-
-def numbered(session: Session) -> list[tuple[str, str]]:
-    """Choices of the findings' list."""
-    return [(f"{i.number} · {i.place} · {i.volume_ml:.2f} ml · {i.state}", str(i.number)) for i in session.review.items.values()]
-
-
-def suggestions(session: Session) -> list[str]:
-    """Three questions that fit the study."""
-    if session.upload is None:
-        return ["", "", ""]
-    if session.shown is None:
-        return ["Reconstruct this and describe it.", "Reconstruct this.", "What sequence and plane is this?"]
-    if session.review.items:
-        return ["How large is the largest lesion?", "Where are the lesions?", "Write a report."]
-    return ["What sequence and plane is this?", "Outline the left hippocampus.", "Is there a lesion?"]
 
 
 class Page:
@@ -364,7 +349,7 @@ def build(store: Store) -> gr.Blocks:
         running = [
             question.submit(page.ask, [question, no_task], answered, api_name=False, **one),
             send.click(page.ask, [question, no_task], answered, api_name="ask", **one),
-            chat.retry(_again, chat, question).then(page.ask, [question, no_task], answered, api_name=False, **one),
+            chat.retry(last_question, chat, question).then(page.ask, [question, no_task], answered, api_name=False, **one),
         ]
         running += [made.click(page.ask, [made, no_task], answered, api_name=False, **one) for made in asked]
         for name, (words, task) in REQUESTS.items():
@@ -378,31 +363,3 @@ def build(store: Store) -> gr.Blocks:
         gr.Markdown(f"{NOTICE} Independent implementation of ideas from arXiv 2508.17524.")
     warm()
     return blocks
-
-
-def _again(chat: list[dict[str, Any]]) -> str:
-    """The last question."""
-    asked = [m["content"] for m in chat if m["role"] == "user"]
-    last = asked[-1] if asked else ""
-    return last if isinstance(last, str) else str(last[0].get("text", ""))
-
-
-def answer_markdown(answer: Any, *, linked: bool = True) -> str:
-    """An answer for the chat: text, findings as links that the viewer follows, and what to be warned of.
-
-    Args:
-        linked: The findings lie on the series that the viewer shows.
-    """
-    lines = [answer.text]
-    if answer.findings:
-        dicom = any(f.sop_instance_uid for f in answer.findings)
-        lines += ["", f"| finding | location | ml | mm | slice |{' SOPInstanceUID |' * dicom}", f"|---|---|---|---|---|{'---|' * dicom}"]
-        for f in answer.findings:
-            told, number = f.to_json(), f.lesion.rank
-            numbers = f"{told['volume_ml']:.2f} | {told['diameter_mm']:.0f} | {told['slice_index'] + 1}"
-            name = f"[finding {number}](#finding-{number})" if linked else f"finding {number}"
-            lines.append(f"| {name} | {told['location']} | {numbers} |{f' {f.sop_instance_uid} |' * dicom}")
-    elif shown := [s for s in answer.structures if s.voxels]:
-        lines += ["", "| structure | ml |", "|---|---|", *(f"| {s.name} | {s.volume_ml:.1f} |" for s in shown)]
-    lines += ["", *(f"⚠ {w}" for w in answer.warnings)]
-    return "\n".join(lines).strip() + f"\n\n*{answer.notice}*"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from omnimri.io.nifti import write_nifti
 from omnimri.volume import Study, Volume
 
 from . import views
+from .files import HandedOut, plain_name, write_json
 from .review import Review
 from .views import COLOURS, LABEL_NAMES, LESIONS
 
@@ -42,21 +42,6 @@ FACE_SHARE = 1.5
 """A head whose foreground is this much larger than the brain is shown with skin and face."""
 FINDING = 1000
 """The k-th finding has this label plus k in the viewer's masks."""
-
-
-def _plain_name(name: str) -> str:
-    """A file name with nothing but letters, digits, dots and dashes; its suffixes stay."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-64:].lstrip(".") or "study"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write whole or not at all, and flushed: what a person decided must outlive a killed server."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with partial.open("w") as f:
-        json.dump(value, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 class Session:
@@ -81,8 +66,7 @@ class Session:
         """Name of the study's file in `upload/`, or of an example."""
         self.outside: list[str] = []
         """Copies of exports that the server hands out from its own cache."""
-        self._files: dict[str, tuple[torch.Tensor, str, Path]] = {}
-        """Name -> array, token and file that the viewer may fetch."""
+        self.handed_out = HandedOut(folder / "viewer")
         self.told = ""
         """What the study is, where the page knows it: a bundled example."""
         self.brain_ml = 0.0
@@ -117,8 +101,8 @@ class Session:
         if keep:
             place = self.folder / "upload"
             place.mkdir()
-            shutil.move(str(path), place / _plain_name(path.name))
-            path = place / _plain_name(path.name)
+            shutil.move(str(path), place / plain_name(path.name))
+            path = place / plain_name(path.name)
         try:
             self.study = open_study(path)
         except ValueError:
@@ -157,8 +141,7 @@ class Session:
         if self.study is not None:
             self.assistant.forget(self.study)
         self.study = self.shown = self.labels = self.ranks = self.zero_filled = None
-        self._files = {}
-        shutil.rmtree(self.folder / "viewer", ignore_errors=True)
+        self.handed_out.clear()
 
     def voxel_bytes(self) -> int:
         """Memory of the images held."""
@@ -333,10 +316,14 @@ class Session:
         listed = [(v.name or "study", v) for v in (self.shown, *(v for v in self.study.volumes if v is not self.shown))]
         if self.zero_filled is not None:
             listed.append(("zero-filled", self.zero_filled))
-        volumes = [{"name": name, "url": self._hand_out(name, v.voxels, v.affine)} for name, v in listed]
+        volumes = [{"name": name, "url": self.handed_out.address(name, v.voxels, v.affine)} for name, v in listed]
         overlay, drawn = None, self.drawn()
         if drawn is not None:
-            overlay = {"url": self._hand_out("masks", drawn[None], self.shown.affine), "labels": self.segments(drawn), "of": listed[0][0]}
+            overlay = {
+                "url": self.handed_out.address("masks", drawn[None], self.shown.affine),
+                "labels": self.segments(drawn),
+                "of": listed[0][0],
+            }
         home = self.shown.affine @ torch.tensor([*((n - 1) / 2 for n in self.shown.shape), 1.0], dtype=torch.float64)
         first = next(iter(self.review.in_state("accepted") or self.review.in_state("open")), None)
         return {
@@ -387,23 +374,6 @@ class Session:
             if name:
                 found.append({"id": k, "name": name, "colour": list(COLOURS.get(k, (255, 40, 40))), "lesion": k > FINDING or k in LESIONS})
         return found
-
-    def _hand_out(self, name: str, voxels: torch.Tensor, affine: torch.Tensor) -> str:
-        """The address of a (1, X, Y, Z) array as NIfTI, which nobody can guess; the same as long as the array is the same."""
-        held = self._files.get(name)
-        if held is None or held[0] is not voxels:
-            if held is not None:
-                held[2].unlink(missing_ok=True)
-            token = secrets.token_hex(16)
-            path = self.folder / "viewer" / f"{token[:8]}.nii"
-            path.parent.mkdir(exist_ok=True)
-            write_nifti(path, voxels[0], affine)
-            self._files[name] = held = (voxels, token, path)
-        return f"omnimri/file/{held[1]}.nii"
-
-    def file(self, token: str) -> Path | None:
-        """The file of a token."""
-        return next((path for _, known, path in self._files.values() if known == token), None)
 
     def key_image(self, plane: str) -> np.ndarray:
         """The slice of a plane that shows most of what was not rejected, with masks."""

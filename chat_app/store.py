@@ -124,7 +124,7 @@ class Store:
     def find(self, token: str) -> Path | None:
         """The file that a session hands out under a token."""
         with self._lock:
-            return next((path for session in self._held.values() if (path := session.file(token)) is not None), None)
+            return next((path for session in self._held.values() if (path := session.handed_out.find(token)) is not None), None)
 
     def health(self) -> dict[str, int | bool]:
         """Numbers for a monitor; nothing of any study."""

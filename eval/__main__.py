@@ -144,11 +144,15 @@ def run(args: argparse.Namespace) -> None:
             from .cases import cases_of
 
             cases = cases_of("synthetic", maps=args.maps, count=args.count)
-            module: Any = paraphrase if args.command == "paraphrase" else planted
-            found = module.measure(assistant, cases, *([args.questions] if args.command == "paraphrase" else []))
+            if args.command == "paraphrase":
+                found = paraphrase.measure(assistant, cases, args.questions)
+                text = paraphrase.markdown(found)
+            else:
+                found = planted.measure(assistant, cases)
+                text = planted.markdown(found)
             write_atomic(out / "results.json", to_json({"checkpoint_sha256": assistant.digest, **found}))
-            write_atomic(out / "results.md", module.markdown(found))
-            print(module.markdown(found))
+            write_atomic(out / "results.md", text)
+            print(text)
             return
         if not args.maps or not args.scans:
             raise ValueError("expected --maps and --scans")

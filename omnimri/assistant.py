@@ -225,9 +225,8 @@ class Assistant:
         if chosen == "reconstruct":
             if study.kspace is not None:
                 return self._rebuild(study, "", history, None, on_text, beams)
-            nothing = torch.zeros_like(seen.labels)
-            return self._answer(study, seen, "", chosen, nothing, (), raw=raw) if made else self._answer(
-                study, seen, NO_RAW_DATA, "text", nothing, ())
+            text, told = ("", chosen) if made else (NO_RAW_DATA, "text")
+            return self._answer(study, seen, text, told, torch.zeros_like(seen.labels), (), raw=raw if made else "")
         asked = names_in(question)
         if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
             raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)

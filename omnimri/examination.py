@@ -21,6 +21,7 @@ from .measure import Measured, location, measure, rank_components, right_of_midl
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
 from .tasks import Detect, Segment
+from .tasks.reconstruct import fast_bf16
 from .volume import Volume
 
 CHUNK = 8
@@ -324,10 +325,13 @@ def _decode(model: OmniMRI, example: Example, detect_state: Tensor, check: Calla
         check()
         near = torch.nonzero((positions >= positions[part[0]] - reach) & (positions <= positions[part[-1]] + reach))
         near = near.flatten()
-        _, pixels = model.features(example.images[None, near], positions[None, near], example.plane[None])
+        images = example.images[None, near]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=fast_bf16(images.device)):  # as in training
+            patches = model.encode(images, positions[None, near], example.plane[None])
+            pixels = model.pixels(images, patches, positions[None, near])
         inside = (near >= part[0]) & (near <= part[-1])
         fine.append(pixels.fine[inside].half())
-        heat.append(model.heads["detect"](detect_state, pixels.coarse)[0, inside])
+        heat.append(model.heads["detect"](detect_state, pixels.coarse.float())[0, inside])
     return torch.cat(fine), torch.cat(heat)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from chat_app import export, views
-from chat_app.page import answer_markdown
 from chat_app.session import REQUESTS, Session
+from chat_app.words import answer_markdown
 from omnimri.assistant import Assistant
 from omnimri.io.kspace import write_kspace
 from omnimri.io.nifti import write_nifti

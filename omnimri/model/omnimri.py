@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..anatomy import NAMES
 from ..tasks import TASKS
-from ..tasks.reconstruct import fast_bf16
 from .config import OmniMRIConfig
 from .language import build_language, inject_lora, is_base, load_base, merge_lora
 from .pixel_decoder import PixelDecoder, Pixels
@@ -126,14 +125,6 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
     def pixels(self, images_BSCHW: Tensor, patches_NPD: Tensor, positions_mm_BS: Tensor) -> Pixels:
         """Pixel features of every slice."""
         return self.heads["pixels"](images_BSCHW.flatten(0, 1), patches_NPD, positions_mm_BS)
-
-    @torch.inference_mode()
-    def features(self, images_BSCHW: Tensor, positions_mm_BS: Tensor, plane_B: Tensor) -> tuple[Tensor, Pixels]:
-        """Patch features and pixel features of every slice, for use: made in bfloat16, as in training, where hardware is fast at it."""
-        with torch.autocast(images_BSCHW.device.type, torch.bfloat16, enabled=fast_bf16(images_BSCHW.device)):
-            patches = self.encode(images_BSCHW, positions_mm_BS, plane_B)
-            pixels = self.pixels(images_BSCHW, patches, positions_mm_BS)
-        return patches.float(), Pixels(pixels.fine.float(), pixels.coarse.float())
 
     def evidence(self, pooled_BNC: Tensor, kind_BN: Tensor) -> Tensor:
         """Evidence tokens from pooled mask features and the class of each."""
