@@ -274,7 +274,7 @@ def test_a_folder_becomes_a_zip_in_the_browser(page, scan, tmp_path):
 
     folder = write_dicom(scan, tmp_path / "d")
     files = [[f"study/{p.name}", base64.b64encode(p.read_bytes()).decode()] for p in sorted(folder.iterdir())]
-    shown(page, "window.omnimriFolder")
+    shown(page, "window.omnimriFolder && document.querySelector('.omni-canvases')")  # the page listens
     page.evaluate(
         """async (files) => window.omnimriFolder.give(files.map(([name, text]) => [name,
         new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name.split("/").pop())]))""",
