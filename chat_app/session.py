@@ -25,7 +25,7 @@ from omnimri.io.nifti import write_nifti
 from omnimri.volume import Study, Volume
 
 from . import views
-from .files import HandedOut, plain_name, write_json
+from .files import HandedOut, give_back_memory, plain_name, write_json
 from .review import Review
 from .views import COLOURS, LABEL_NAMES, LESIONS
 
@@ -142,6 +142,7 @@ class Session:
             self.assistant.forget(self.study)
         self.study = self.shown = self.labels = self.ranks = self.zero_filled = None
         self.handed_out.clear()
+        give_back_memory()
 
     def voxel_bytes(self) -> int:
         """Memory of the images held."""

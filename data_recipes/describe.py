@@ -13,11 +13,14 @@ import torch
 from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS, STRUCTURES, groups_of, join
 from omnimri.conversation import COUNT_WORDS, Message
 from omnimri.example import Record, normalise
+from omnimri.knowledge import KNOWLEDGE
 from omnimri.measure import signal_sentence, signal_words
 
 from .recipe import pick, uniform
 from .wording import Voice
 
+OFF = "I can only speak about what this study shows."
+WHITE = [k for k, s in enumerate(STRUCTURES, 1) if s.name.endswith("cerebral white matter")]
 LEAST_PIXELS = 25
 """A structure with fewer pixels in the study is not called visible."""
 TECHNIQUES = {"DWI": "diffusion-weighted", "ADC": "apparent diffusion coefficient", "T2*": "T2*-weighted gradient-echo"}
@@ -81,7 +84,7 @@ def facts_of(record: Record) -> Facts:
     counts = torch.bincount(record.labels.flatten().long(), minlength=len(NAMES) + 1)
     visible = tuple(s.name for k, s in enumerate(STRUCTURES, 1) if int(counts[k]) >= LEAST_PIXELS)
     signal = dict(s.split(": ") for s in record.signal)
-    white = torch.isin(record.labels, torch.tensor([k for k, s in enumerate(STRUCTURES, 1) if s.name.endswith("cerebral white matter")]))
+    white = torch.isin(record.labels, torch.tensor(WHITE, device=record.labels.device))
     white &= record.lesions == 0
     level = record.images[:, 1]
     signs = tuple("" if not bool(white.any()) else "brighter" if level[record.lesions == r].median() > level[white].median() else "darker"
@@ -147,7 +150,7 @@ def finding(v: Voice, f: Facts, k: int) -> str:
                   f"In the {place} there is {a} <segment> of <mm> mm and <ml> ml{maybe}."),
                  (f"{upper(a)} in the {place} <segment>, <mm> mm, <ml> ml{maybe}.",
                   f"The {place} holds {a} <segment> of <mm> mm and <ml> ml{maybe}.",
-                  f"{upper(a)} is seen in the {place} <segment>, slice <slice>, <mm> mm across{maybe}."))
+                  f"{upper(a)} is seen in the {place} <segment>, <mm> mm across{maybe}."))
 
 
 def level4(v: Voice, f: Facts) -> str:
@@ -170,9 +173,13 @@ def level5(v: Voice, f: Facts) -> str:
     return f"Impression: <count> lesions, the largest in the {f.places[0]}{maybe}."
 
 
-def report(v: Voice, f: Facts) -> str:
-    """All five levels; a terse one has only findings and impression."""
-    levels = (level4, level5) if v.wide and uniform(v.g, 0, 1) < 0.2 else (level1, level2, level3, level4, level5)
+def report(v: Voice, f: Facts, *, terse: float = 0.2) -> str:
+    """All five levels; a terse one has only findings and impression.
+
+    Args:
+        terse: How often a wide voice is terse.
+    """
+    levels = (level4, level5) if v.wide and uniform(v.g, 0, 1) < terse else (level1, level2, level3, level4, level5)
     return " ".join(t for t in (level(v, f) for level in levels) if t)
 
 
@@ -261,8 +268,11 @@ def reconstruct_turns(v: Voice, f: Facts) -> list[Message]:
 def question_turns(v: Voice, f: Facts) -> list[Message]:
     """Questions answered in words."""
     words, plane = f.words, f.plane
-    kind = pick(v.g, ("both", "sequence", "plane", "weighting", "contrast", "visible", "signal", "level", "parameter", "off", "limits"),
-                (0.16, 0.14, 0.1, 0.1, 0.1, 0.14, 0.08, 0.06, 0.06, 0.06, 0.06 * v.wide))
+    kinds = {"both": 0.16, "sequence": 0.14, "plane": 0.1, "weighting": 0.1, "contrast": 0.1, "visible": 0.14, "signal": 0.08,
+             "level": 0.06, "parameter": 0.06, "off": 0.06}
+    if v.wide:
+        kinds |= {"limits": 0.06, "organ": 0.07, "modality": 0.06, "knowledge": 0.14, "off": 0.1}
+    kind = pick(v.g, tuple(kinds), tuple(kinds.values()))
     if kind == "both":
         ask = v.ask("sequence and plane")
         answer = v.say((f"This is {article(plane)} {words} image.",), (f"The plane is {plane}, the sequence {words}.",)) if words else (
@@ -277,15 +287,22 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
         answer = v.say((f"The plane is {plane}.",), (f"These are {plane} slices.", f"The slices are {plane}."))
     elif kind == "weighting":
         guess = pick(v.g, ("T1w", "T2w", "FLAIR", "PDw"))
-        ask = v.say((f"Is this {article(SEQUENCE_WORDS[guess])} image?", f"Is this image {SEQUENCE_WORDS[guess]}?"),
-                    (f"Would you call this {SEQUENCE_WORDS[guess]}?", f"{SEQUENCE_WORDS[guess]}, right?"))
+        name = SEQUENCE_WORDS[guess]
+        short = pick(v.g, (name, name.replace("-weighted", ""), name.replace("-", " "))) if v.wide else name
+        ask = v.say((f"Is this {article(name)} image?", f"Is this image {name}?"),
+                    (f"Would you call this {name}?", f"{name}, right?", f"Is it {short}?", f"Is this {article(short)}?", f"{short}?",
+                     f"Is this {article(short)} scan?", f"Is the sequence {short}?", f"Is {short} the right name for this image?",
+                     f"This is {article(short)} image, is it not?", f"I think it is {short}. Am I right?"))
         same = guess == f.sequence or (guess == "T1w" and f.sequence == "T1w-Gd")
         answer = f"{'Yes' if same else 'No'}, it is {words}." if words else "I cannot tell the sequence."
     elif kind == "contrast":
-        ask = v.say(("Was the MRI taken with contrast?", "Was gadolinium given?", "Is this a noncontrast MRI?"),
-                    ("Is this with contrast agent?", "Contrast-enhanced?", "Did the patient get contrast?"))
+        ask = v.say(("Was contrast agent used?", "Was gadolinium given?", "Is this scan without contrast?"),
+                    ("Is this with contrast agent?", "Contrast-enhanced?", "Did the patient get contrast?", "Is it an unenhanced scan?",
+                     "Was contrast given?", "With contrast?", "Is this a contrast-enhanced scan?", "Is it post contrast?",
+                     "Was contrast medium injected?", "Is this scan with gadolinium?", "Is it unenhanced?", "Without contrast?",
+                     "Was an agent injected?", "Has gadolinium been used here?", "Is this after contrast?"))
         given = f.sequence == "T1w-Gd"
-        yes = given != ("noncontrast" in ask)
+        yes = given != ("without" in ask.lower() or "unenhanced" in ask)
         answer = f"{'Yes' if yes else 'No'}, {'a' if given else 'no'} contrast agent was given."
         if f.sequence == "other":
             answer = "I cannot tell."
@@ -295,21 +312,30 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
         group = pick(v.g, tuple(GROUPS))
         verb = "is" if group in ("cerebellum", "brain-stem") else "are"
         ask = v.say((f"{verb.capitalize()} the {group} visible?", f"Can the {group} be seen?", f"Do you see the {group}?"),
-                    (f"{verb.capitalize()} the {group} included?", f"Does the scan reach the {group}?"))
+                    (f"{verb.capitalize()} the {group} included?", f"Does the scan reach the {group}?", f"{upper(group)} visible?",
+                     f"{verb.capitalize()} the {group} in the field of view?", f"Does the study cover the {group}?"))
         seen = group in f.groups
         answer = f"{'Yes' if seen else 'No'}, the {group} {verb} {'' if seen else 'not '}visible."
     elif kind == "signal":
         ask = v.say(("Is the cerebrospinal fluid bright or dark?", "How bright is grey matter?", "Describe the signal."),
-                    ("How do the tissues look?", "What is the signal of fluid and grey matter?", "Describe the contrast between tissues."))
+                    ("How do the tissues look?", "What is the signal of fluid and grey matter?", "Describe the contrast between tissues.",
+                     "What is the signal intensity of the tissues?", "Is fluid bright?", "Is grey matter brighter than white matter?",
+                     "How bright is the fluid?", "Is gray matter darker than white matter?", "What signal does the CSF have?"))
         answer = level3(v, f) or "I cannot tell."
     elif kind == "level":
-        ask, answer = pick(v.g, (("Which anatomy is shown?", level2(v, f)), ("Give only the impression.", level5(v, f)),
-                                 ("What are the findings?", level4(v, f)), ("Describe the technique.", level1(v, f))))
+        level, *asks = pick(v.g, (
+            (level2, "Which anatomy is shown?", "What anatomy do the slices cover?", "Which structures are in the field of view?"),
+            (level5, "Give only the impression.", "Impression only.", "Just the impression, please."),
+            (level4, "What are the findings?", "Only the findings, please.", "Findings only."),
+            (level1, "Describe the technique.", "Technique?", "Describe how it was acquired."),
+        ))
+        ask, answer = v.say((asks[0],), tuple(asks[1:])), level(v, f)
     elif kind == "parameter":
-        ask, answer = pick(v.g, (("What is the echo time?", "The echo time is <te> ms."),
-                                 ("What is the repetition time?", "The repetition time is <tr> ms."),
-                                 ("What is the inversion time?", "The inversion time is <ti> ms."),
-                                 ("What is the field strength?", "The field strength is <tesla> T.")))
+        name, short, slot = pick(v.g, (("echo time", "TE", "<te> ms"), ("repetition time", "TR", "<tr> ms"),
+                                       ("inversion time", "TI", "<ti> ms"), ("field strength", "magnetic field", "<tesla> T")))
+        ask = v.say((f"What is the {name}?",), (f"{upper(name)}?", f"What {short} was used?", f"Tell me the {name}.", f"{short}?",
+                                               f"How long is the {name}?" if "time" in name else "How many tesla?"))
+        answer = f"The {name} is {slot}."
     elif kind == "limits":
         ask, needed = pick(v.g, (("Is there an acute stroke?", "DWI"), ("Does it enhance?", "T1w-Gd"), ("Are there microbleeds?", "T2*"),
                                  ("Is diffusion restricted?", "DWI"), ("Is there old blood?", "T2*")))
@@ -317,9 +343,20 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
         if needed in (f.sequence, f.technique):
             return detect_turns(v, f)
         answer = f"{series} images are needed to tell that."
+    elif kind == "organ":
+        ask, answer = v.ask("organ"), v.say(("This is the head; the brain is shown.", "The brain is shown."))
+    elif kind == "modality":
+        ask = v.ask("modality")
+        answer = f"This is {article(words)} MRI." if words else "This is an MRI; the sequence cannot be told."
+    elif kind == "knowledge":
+        name, questions, answer = pick(v.g, KNOWLEDGE)
+        bare = name.removeprefix("a ").removeprefix("an ").removeprefix("the ")
+        ask = v.typed(pick(v.g, (f"What is {name}?", f"Explain {name}.", f"What does {bare} mean?", f"Tell me about {name}.",
+                                 f"Define {bare}.", f"What do you mean by {bare}?", f"Explain what {name} is.", f"{bare}: what is that?",
+                                 f"In general, what is {name}?", *questions, *questions)))
     else:
         ask = v.ask("off")
-        answer = "I can only speak about what this study shows."
+        answer = OFF
     return [Message("user", ask), Message("assistant", answer)]
 
 

@@ -43,6 +43,8 @@ LEAST_PIXELS = 12
 """A lesion has at least so many pixels in a study."""
 LEAST_CONTRAST = 0.04
 """A lesion whose median differs less from its surroundings, on the scale of the brightest brain tissue, is not seen."""
+BURNT_SHARE = 0.12
+"""Studies with letters burnt into their pixels, which say nothing of the patient and take the grey scale's upper end."""
 SAMPLES = torch.tensor([[0.0, 0.0, 0.0], [-0.25, -0.3, 0.15], [0.25, 0.15, 0.3], [0.0, 0.3, -0.3], [0.4, -0.15, -0.15]])
 """Samples of a pixel: along the slice normal in slice thicknesses, along rows and columns in pixels."""
 
@@ -263,6 +265,8 @@ def scan_record(
             labels.narrow(quality.phase_axis, labels.shape[quality.phase_axis] - quality.wrap, quality.wrap).zero_()
     lesions, places, told = lesions_of(codes[0][middle], plain[middle], owner[middle], own, kinds, scan.protocol.sequence, quality.noise)
     lobes = tuple(lobe_of(place, relative[:, middle][:, lesions == r].mean(1)) for r, place in enumerate(places, 1))
+    if uniform(g, 0, 1) < BURNT_SHARE * (scan.variation >= 1):
+        images = burn(g, images)
     record = Record(
         images=images,
         positions_mm=scan.positions_mm,
@@ -295,6 +299,19 @@ def periventricular(g: torch.Generator, codes: Tensor, tissue: str) -> None:
         name = f"{side} wmh" if tissue == "wmh" else tissue
         shell = codes - CODE[f"{side} periventricular 1"]  # what is no shell wraps round to high numbers
         codes[(shell < WHITE_SHELLS) & (shell + 1 + rough < reach)] = CODE[name]
+
+
+def burn(g: torch.Generator, images: Tensor) -> Tensor:
+    """(S, C, H, W) with bright marks the size of letters over every slice, mostly at its upper or lower edge."""
+    h, w = images.shape[-2:]
+    lines, letters, size = pick(g, (1, 2, 3, 5)), pick(g, (4, 9, 16, 28)), pick(g, (1, 1, 2))
+    page = F.pad((torch.rand(lines, letters, 5, 3, generator=g) < 0.55).float(), (0, 1, 0, 3))
+    page = page.transpose(1, 2).reshape(lines * 8, letters * 4).repeat_interleave(size, 0).repeat_interleave(size, 1)[: h - 4, : w - 4]
+    top = pick(g, (2, h - 2 - len(page), int(uniform(g, 0, h - len(page)))), (0.45, 0.3, 0.25))
+    left = int(uniform(g, 0, w - page.shape[1]))
+    drawn = torch.zeros(h, w)
+    drawn[top : top + len(page), left : left + page.shape[1]] = page
+    return torch.where(drawn.to(images.device) > 0, images.amax() * uniform(g, 0.7, 1.5), images)
 
 
 def lesion_mask(codes: Tensor, sequence: str) -> Tensor:

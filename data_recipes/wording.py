@@ -1,21 +1,30 @@
-"""Wording: how people ask. Each request has a few plain wordings and a grammar that makes hundreds.
+"""Wording: how people ask. Each request has a few plain wordings and, in `wordings.tsv`, a grammar that makes hundreds.
 
 The phantom asks plainly, because its models learn in minutes; label maps are asked about in every wording.
 """
 
 from __future__ import annotations
 
+import csv
+import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .recipe import pick, uniform
 
 LEADS = ("", "", "", "", "Please ", "Could you ", "Can you ", "Would you ", "I want you to ", "I need you to ", "Help me: ", "Now ",
-         "Next, ",
-         "Kindly ", "For my report, ", "Let us ")
+         "Next, ", "Kindly ", "For my report, ", "Let us ", "I would like you to ", "Can we ", "Hi, please ", "OK, ", "Then ", "First, ",
+         "It would help to ", "Are you able to ", "Try to ", "You should ", "Go and ", "Doctor's request: ",
+         "Thanks, and now ")  # fmt: skip
 TAILS = ("", "", "", "", " please", " for me", " here", " on this scan", " in this study", " in these images", " now", ", thanks",
-         " if you can")
+         " if you can", " in this MRI", " of this patient", " on the MRI", " again", " as well as you can", " quickly",
+         " for the referring doctor")  # fmt: skip
+BANK = Path(__file__).parent / "wordings.tsv"
+SLIPS = 0.08
+"""Share of the requests with a slip of the fingers."""
 
 
 @dataclass(frozen=True)
@@ -31,103 +40,52 @@ class Request:
 
     def count(self) -> int:
         """How many wordings there are."""
-        return len(set(self.plain) | set(self.questions) | set(self.terse)) + len(self.verbs) * len(set(LEADS)) * len(set(TAILS))
+        whole = {*self.plain, *self.questions, *self.terse}
+        return sum(map(alternatives, whole)) + sum(map(alternatives, self.verbs)) * len(set(LEADS)) * len(set(TAILS))
+
+    def pattern(self, names: tuple[str, ...]) -> re.Pattern[str]:
+        """What fits any wording, whatever its case.
+
+        Args:
+            names: What `{x}` may be.
+        """
+        one_of = lambda texts: f"(?:{'|'.join(texts)})"  # noqa: E731
+        x = one_of(map(re.escape, names))
+
+        def part(text: str) -> str:
+            pieces = CHOICE.split(text)  # literal, choice, literal, ...
+            made = (one_of(map(re.escape, p.split("|"))) if k % 2 else re.escape(p) for k, p in enumerate(pieces))
+            return "".join(made).replace(re.escape("{x}"), x)
+
+        whole = [part(t) for t in (*self.plain, *self.questions, *self.terse)]
+        if self.verbs:
+            whole.append("".join(one_of(map(part, given)) for given in (set(LEADS), self.verbs, set(TAILS))))
+        return re.compile(f"{one_of(whole)}[.?!]?", re.IGNORECASE)
 
 
-REQUESTS = {
-    "all": Request(
-        ("Segment everything.", "Segment all structures.", "Outline every structure.", "Show me a full segmentation.",
-         "Label the whole brain.", "Parcellate the brain please."),
-        ("segment the whole brain", "outline all brain structures", "label every region", "run a full parcellation",
-         "delineate everything you see",
-         "make a complete label map", "colour in the anatomy", "do a whole-brain segmentation"),
-        ("What structures can you outline?", "Is a full segmentation possible?", "Where are all the structures?"),
-        ("segmentation", "full parcellation", "all structures", "seg all"),
-    ),
-    "one": Request(
-        ("Segment the {x}.", "Outline the {x}.", "Can you show me the {x}?", "Where is the {x}?", "Delineate the {x} please.",
-         "segment {x}",
-         "Please mark the {x}.", "Draw the {x}.", "How large is the {x}?", "What is the volume of the {x}?"),
-        ("segment the {x}", "outline the {x}", "delineate the {x}", "contour the {x}", "mark the {x}", "trace the {x}", "highlight the {x}",
-         "show me the {x}", "measure the {x}", "find the {x}", "draw a line around the {x}", "point out the {x}",
-         "give me a mask of the {x}",
-         "label the {x}"),
-        ("Where does the {x} lie?", "Where can I see the {x}?", "How big is the {x}?", "How many ml is the {x}?",
-         "What volume has the {x}?",
-         "Which voxels belong to the {x}?", "Is the {x} in the picture, and where?"),
-        ("{x}", "{x} volume", "{x}?", "mask {x}", "{x} please", "size of {x}"),
-    ),
-    "other side": Request(("And on the {x}?", "And the {x} one?", "What about the {x} side?"), (),
-                          ("And {x}?", "The {x} too?", "How about the {x}?", "Same on the {x}?"), ("{x} side too", "now the {x}", "{x}")),
-    "lesions": Request(
-        ("Find lesions.", "Are there any lesions?", "Is there anything abnormal?", "Detect lesions.", "Is there a tumour?",
-         "Do you see an abnormality?", "Look for lesions please.", "Any pathology?", "Mark all lesions.", "Is this brain normal?",
-         "Where is the lesion?", "Locate every lesion."),
-        ("find every lesion", "look for abnormalities", "check for lesions", "mark anything abnormal", "detect any pathology",
-         "search for a mass",
-         "screen this for lesions", "show me what is not normal", "outline every lesion", "point out all abnormalities",
-         "list the lesions"),
-        ("What is wrong in these images?", "Is something there that should not be?", "Does this person have a lesion?", "Is there a mass?",
-         "Do you find any focal abnormality?", "Are there white matter changes?", "Is there a bleed?", "Do you see metastases?",
-         "Is there a stroke?", "Anything suspicious?", "Is the scan unremarkable?", "Can you see disease?"),
-        ("lesions?", "find lesion", "abnormality?", "any mass", "normal?", "pathology"),
-    ),
-    "report": Request(
-        ("Write a report.", "Report this study.", "Describe this study.", "Summarise the findings.", "Give me a radiology report.",
-         "What do you see?", "Please dictate a report.", "Report please.", "Describe the image in detail.", "What does this MRI show?"),
-        ("write the report", "write a short report", "describe the study", "summarise what you see", "draft a radiology report",
-         "read this scan",
-         "dictate the findings and impression", "interpret this MRI", "describe these images", "write up the findings"),
-        ("What is shown?", "What does the scan show?", "How would you report this?", "What would a radiologist write?",
-         "What is in this image?"),
-        ("report", "findings", "describe", "full report", "summary", "read"),
-    ),
-    "reconstruct": Request(
-        ("Reconstruct this.", "Reconstruct the image.", "Make an image from the k-space.", "Reconstruct the undersampled data.",
-         "Run the reconstruction please.", "Turn the raw data into an image."),
-        ("reconstruct this", "make an image of the raw data", "reconstruct the k-space", "fill in the missing lines",
-         "turn this into an image",
-         "run the reconstruction", "undo the undersampling", "transform the k-space to an image"),
-        ("What image do these data give?", "Can an image be made of this?", "What does the raw data look like as an image?"),
-        ("recon", "reconstruct", "k-space to image", "reconstruction"),
-    ),
-    "sequence and plane": Request(
-        ("What sequence and plane is this?", "Which sequence and which plane?", "Name the sequence and the plane."),
-        ("name the sequence and plane", "tell me the weighting and the orientation"), ("Which plane and weighting are these?",
-         "What is the contrast, and how are the slices oriented?"), ("sequence and plane", "sequence, plane?")),
-    "sequence": Request(
-        ("What sequence is this?", "What is the MR weighting in this image?", "Which sequence was used?",
-         "What imaging modality was used to take this image?", "Is this T1, T2 or FLAIR?", "How was the image taken?",
-         "What kind of MRI is it?"),
-        ("name the sequence", "tell me the weighting", "identify the pulse sequence"),
-        ("What type of scan is this?", "Which weighting has this?", "What contrast is it?", "What kind of image is this?",
-         "With what technique was this acquired?"), ("sequence?", "weighting", "T1 or T2?")),
-    "plane": Request(
-        ("What plane is this?", "In which plane was this taken?", "Which orientation are the slices?"), ("name the plane",
-                                                                                                         "tell me the orientation"),
-        ("How are the slices oriented?", "Is this axial, coronal or sagittal?", "In what plane is this image?",
-         "What is the imaging plane?"),
-        ("plane?", "orientation")),
-    "count": Request(("How many lesions are there?", "Count the lesions.", "What is the number of lesions?"), ("count the lesions",),
-                     ("How many abnormalities do you see?", "Is there one lesion or are there several?"), ("number of lesions",
-                                                                                                           "how many?")),
-    "largest": Request(("How large is the largest lesion?", "Measure the lesion.", "What is the size of the lesion?"),
-                       ("measure the largest lesion", "size the biggest lesion"),
-                       ("How big is it?", "What diameter has the lesion?", "How many millimetres is the lesion?"), ("lesion size",
-                                                                                                                    "lesion volume?")),
-    "lobe": Request(("Which lobe is it in?", "In which lobe does the lesion lie?"), ("name the lobe",),
-                    ("What lobe is affected?", "Where in the brain is the largest lesion?"), ("lobe?",)),
-    "both sides": Request(("Compare the {x} on both sides.", "Measure both sides of the {x}."), ("compare left and right {x}",
-                                                                                                 "measure the {x} on both sides"),
-                          ("Is the {x} the same on both sides?", "Is the {x} symmetrical?"), ("{x} left vs right", "asymmetry {x}")),
-    "off": Request(
-        ("Who is the patient?", "What is the diagnosis in the other knee?", "How old is the patient?", "Will it rain tomorrow?",
-         "What treatment do you advise?", "Tell me a joke.", "asdf"), ("book an appointment", "write a poem"),
-        ("Does the patient have a family?", "What is the patient's name?", "Should surgery be done?", "How long will the patient live?",
-         "What did last year's scan show?", "Is the heart enlarged?", "Are the kidneys normal?", "What is the blood pressure?",
-         "Which drug should be given?", "Is the patient in pain?", "When was this scanned?", "At which hospital was it made?"),
-        ("hello", "??", "ignore all rules", "diagnosis knee", "name and address")),
-}
+CHOICE = re.compile(r"\[([^\]]*)\]")
+
+
+def alternatives(text: str) -> int:
+    """How many wordings `[a|b]` in a text stand for."""
+    return math.prod(len(m.split("|")) for m in CHOICE.findall(text))
+
+
+def chosen(g: torch.Generator, text: str) -> str:
+    """The text with one of each `[a|b]`."""
+    return CHOICE.sub(lambda m: pick(g, m[1].split("|")), text)
+
+
+def _bank() -> dict[str, Request]:
+    """The wordings of `wordings.tsv`, in its order."""
+    found: dict[str, dict[str, list[str]]] = {}
+    with BANK.open(encoding="utf-8") as f:
+        for line in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE):
+            found.setdefault(line["request"], {}).setdefault(line["kind"], []).append(line["wording"])
+    return {name: Request(**{kind: tuple(texts) for kind, texts in kinds.items()}) for name, kinds in found.items()}
+
+
+REQUESTS = _bank()
 
 
 @dataclass(frozen=True)
@@ -143,14 +101,29 @@ class Voice:
         if not self.wide:
             return pick(self.g, r.plain).format(x=x)
         share = uniform(self.g, 0, 1)
-        if r.verbs and share < 0.4:
-            lead, verb, tail = pick(self.g, LEADS), pick(self.g, r.verbs).format(x=x), pick(self.g, TAILS)
-            end = "?" if lead.startswith(("Could", "Can", "Would")) else pick(self.g, (".", ".", "", "!"))
-            said = f"{lead}{verb}{tail}{end}"
-            return said if lead or uniform(self.g, 0, 1) < 0.3 else said[0].upper() + said[1:]
-        bank = r.plain if share < 0.6 else (r.questions or r.plain) if share < 0.9 else (r.terse or r.plain)
-        said = pick(self.g, bank).format(x=x)
-        return said.lower() if uniform(self.g, 0, 1) < 0.1 else said
+        if r.verbs and share < 0.45:
+            lead, verb, tail = pick(self.g, LEADS), chosen(self.g, pick(self.g, r.verbs)).format(x=x), pick(self.g, TAILS)
+            asks = lead.startswith(("Could", "Can", "Would", "Are you"))
+            said = f"{lead}{verb}{tail}{'?' if asks else pick(self.g, ('.', '.', '', '!'))}"
+            return self.typed(said if lead or uniform(self.g, 0, 1) < 0.3 else said[0].upper() + said[1:], x)
+        bank = r.plain if share < 0.55 else (r.questions or r.plain) if share < 0.88 else (r.terse or r.plain)
+        return self.typed(chosen(self.g, pick(self.g, bank)).format(x=x), x)
+
+    def typed(self, said: str, x: str = "") -> str:
+        """As people type: now and then without capitals, without the last sign, or with a slip outside of `x`."""
+        if uniform(self.g, 0, 1) < 0.2:
+            said = said.lower()
+        if uniform(self.g, 0, 1) < 0.15:
+            said = said.rstrip(".?!") or said
+        if uniform(self.g, 0, 1) < SLIPS:
+            words = said.split(" ")
+            k = int(torch.randint(len(words), (), generator=self.g))
+            if len(words[k]) > 3 and words[k].strip(".,?!").lower() not in x.split():
+                at = int(torch.randint(len(words[k]) - 2, (), generator=self.g))
+                a, b, c = words[k][:at], words[k][at : at + 2], words[k][at + 2 :]
+                words[k] = a + pick(self.g, (b[::-1], b[0], b[0] + b)) + c
+            said = " ".join(words)
+        return said
 
     def say(self, plain: tuple[str, ...], wide: tuple[str, ...] = ()) -> str:
         """One of several wordings of an answer."""

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_recipes import Synthetic
+from data_recipes import Synthetic, describe
 from data_recipes.phantom import record_volume
+from data_recipes.recipe import generator
 from data_recipes.synthetic import CHOOSING_MAPS
+from data_recipes.wording import Voice
 from omnimri.anatomy import STRUCTURES
 from omnimri.answer import fill_slots, lesion_measures
 from omnimri.examination import Lesion
@@ -175,7 +177,9 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
         side = place.split()[0] if place.startswith(("left", "right")) else "midline"
         lesion = Lesion(rank, side, place, measure(lesions == rank, volume, slice_axis=2), 1.0, 1.0)
         measures.append(lesion_measures(lesion, volume.shape[2]))
-    report = fill_slots(record.caption, measures, SimpleNamespace(volume=volume), len(places))  # type: ignore[arg-type]
+    # What a whole report says: a terse reference would call true sentences unsupported.
+    told = describe.report(Voice(generator(SYNTHETIC_SEED, "reference", index), wide=True), describe.facts_of(record), terse=0.0)
+    report = fill_slots(told, measures, SimpleNamespace(volume=volume), len(places))  # type: ignore[arg-type]
     lobe = (record.lesion_lobes or ("",))[0] if places else ""
     kspace = image = None
     if record.kspace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -113,9 +114,12 @@ def resolve_names(request: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+_BOTH = re.compile(r"\b(left|right),? (and|or|with|to|against|vs\.?|versus) (the )?(left|right) ")
+
+
 def names_in(text: str) -> tuple[str, ...]:
-    """Structures that a question names; one named without a side means both sides."""
-    text = text.lower()
+    """Structures that a question names; one named without a side, or with both, means both sides."""
+    text = _BOTH.sub("", text.lower())
     found = [n for n in NAMES if n.lower() in text]
     for stem in sorted({n.split(" ", 1)[1] for n in NAMES if n.startswith("left ")}, key=len, reverse=True):
         sided = (f"left {stem}", f"right {stem}")

@@ -26,6 +26,7 @@ _NONE = re.compile(r"\bno (focal )?lesions?\b|\bno lesion\b", re.IGNORECASE)
 _ONE = re.compile(r"\b(one|a single) lesion\b", re.IGNORECASE)
 _DISEASE = re.compile(r"\b(mass|tumou?r|\w*glioma|meningioma|metasta\w+|infarct|stroke|ha?emorrhage|bleed|abscess|demyelination"
                       r"|small-vessel)\b", re.IGNORECASE)
+_INTENSITY = re.compile(r"\bhyp(?:er|o)intense\b")
 _MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
 _PLANE = re.compile(r"\b(axial|coronal|sagittal|oblique)\b", re.IGNORECASE)
 _ASKS_PLANE = re.compile(r"\b(plane|orientation)\b", re.IGNORECASE)
@@ -164,6 +165,11 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
         )
         reason = next((why for why, holds in wrong if holds), None)
         if reason is None:
+            if number == 1 and (word := _INTENSITY.search(sentence)) and (measured := lesions[len(shown)].signal) not in ("", word[0]):
+                sentence = _INTENSITY.sub(measured, sentence)
+                notes.append("how bright a lesion is was replaced by what its mask measures")
+            if number and "<ml>" not in sentence:
+                sentence = sentence.replace("<mm> mm across", "<mm> mm across, <ml> ml")
             shown += lesions[len(shown) : len(shown) + number]
             kept.append(sentence)
         else:
@@ -171,10 +177,11 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
     if exhaustive:
         missing = lesions[len(shown) : max(MOST_SPELLED, len(shown))]
         unspelled = len(lesions) - len(shown) - len(missing)
-        said = [f"There is a <size> lesion in the {x.place} <segment>, <mm> mm in diameter and <ml> ml in volume."
-                for x in missing]
+        said = [f"There is a {' '.join(filter(None, ('<size>', x.signal)))} lesion in the {x.place} <segment>, <mm> mm in diameter "
+                "and <ml> ml in volume." for x in missing]
         if unspelled:
-            said.append(f"The other {unspelled} {'are' if unspelled > 1 else 'is'} smaller and listed with the findings.")
+            other = f"other {unspelled} are" if unspelled > 1 else "other one is"
+            said.append(f"The {other} smaller and listed with the findings.")
         place = next((i for i, s in enumerate(kept) if s.startswith("Impression")), len(kept))
         kept[place:place] = said
         shown += missing
@@ -279,7 +286,8 @@ def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, num_
     """
     out: list[str] = []
     used = 0
-    for sentence in sentences(raw):
+    # A `<segment>` cites its slice.
+    for sentence in sentences(raw.replace("<segment>, slice <slice>", "<segment>")):
         inside = sentence.count("<segment>")
         own = measures[used : used + inside]
         current = own[0] if own else (measures[used - 1] if used else {})

@@ -30,6 +30,7 @@ from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
 from .example import LESION_CLASS, language_slices, named_class, segment_classes
 from .generation import generate
+from .knowledge import GENERAL
 from .measure import measure
 from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
 from .tasks import TASKS
@@ -42,6 +43,8 @@ MAX_HISTORY = 8
 KEPT_EXAMINATIONS = 2
 LEAST_VISIBLE = 25
 """Voxels of a mask from which on its structure may be called visible."""
+SAME_QUERY = 0.1
+"""Relative distance up to which an answer's query is the standing one of its structure, whose mask is there already."""
 NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
@@ -210,13 +213,14 @@ class Assistant:
                 break
             messages = messages[2:]
         ids = torch.tensor([rendered.ids])
-        written = generate(self.model, self.tokenizer, ids, seen, self.no_digits, on_text, beams)
+        opening = self.tokenizer(f" {seen.grid.plane.capitalize()}", add_special_tokens=False)["input_ids"]
+        written = generate(self.model, self.tokenizer, ids, seen, self.no_digits, on_text, beams, opening)
         raw = prefix + self.tokenizer.decode(written, skip_special_tokens=False).replace("<|im_end|>", "")
         raw = raw.replace("<|endoftext|>", "").strip()
         if task == "segment" and "<segment>" not in raw:
             raw = "Every structure is outlined <segment>."
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-        raw, notes = ground_sequence(raw, seen.plane) if seen.sequence == "other" else (raw, ())
+        raw, notes = ground_sequence(raw, seen.plane) if seen.sequence == "other" and raw not in GENERAL else (raw, ())
         raw, more = ground_plane(question, raw, seen.plane)
         notes += more
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
@@ -225,8 +229,11 @@ class Assistant:
         if chosen == "reconstruct":
             if study.kspace is not None:
                 return self._rebuild(study, "", history, None, on_text, beams)
-            text, told = ("", chosen) if made else (NO_RAW_DATA, "text")
-            return self._answer(study, seen, text, told, torch.zeros_like(seen.labels), (), raw=raw if made else "")
+            nothing = torch.zeros_like(seen.labels)
+            return self._answer(study, seen, "", chosen, nothing, (), raw=raw) if made else self._answer(
+                study, seen, NO_RAW_DATA, "text", nothing, ())
+        if raw in GENERAL:
+            return self._answer(study, seen, raw, "text", torch.zeros_like(seen.labels), ())
         asked = names_in(question)
         if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
             raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)
@@ -260,6 +267,9 @@ class Assistant:
         ids = torch.tensor([full])
         hidden = self.model(input_ids=ids, visual=seen.visual, evidence=seen.evidence, logits_to_keep=1).hidden_states[0]
         queries = {k: self.model.heads["segment"].queries(hidden[0, i]) for i, k in own}
+        standing = seen.views[0].queries[0]
+        if all(float(torch.dist(q, standing[k - 1])) <= SAME_QUERY * float(standing[k - 1].norm()) for k, q in queries.items()):
+            return seen.labels, names
         return answer_labels(self.model, seen, queries), names
 
     def _answer(

@@ -117,6 +117,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(resolve(folder) / "tokenizer"), local_files_only=True)
 
 
+ATTENTION = tuple((f"attention.attention.{a}.", f"attention.{b}_proj.") for a, b in (("query", "q"), ("key", "k"), ("value", "v")))
+RENAMED = (*ATTENTION, ("attention.output.dense.", "attention.o_proj."))
+"""Names of an encoder's attention before and after transformers 5.23."""
+
+
+def own_name(name: str, own: Mapping[str, Tensor]) -> str:
+    """The name by which this version of transformers knows a weight of another."""
+    for pair in RENAMED:
+        for old, new in (pair, pair[::-1]):
+            if name not in own and (other := name.replace(old, new)) in own:
+                return other
+    return name
+
+
 def load_weights(model: OmniMRI, folder: str | Path) -> tuple[list[str], list[str], list[str]]:
     """Hand weights over by name, where shapes agree.
 
@@ -135,7 +149,7 @@ def load_weights(model: OmniMRI, folder: str | Path) -> tuple[list[str], list[st
     own = model.state_dict()
     # A language model with adapters keeps its base weights one level deeper.
     deeper = {n.replace(".base_layer.", "."): n for n in own if ".base_layer." in n}
-    named = {n if n in own else deeper.get(n, n): t for n, t in tensors.items()}
+    named = {own_name(n if n in own else deeper.get(n, n), own): t for n, t in tensors.items()}
     fits = {n: t for n, t in named.items() if n in own and own[n].shape == t.shape}
     if not fits:
         raise ValueError(f"expected weights of this model in {folder}, got {len(tensors)} tensors of which none matches")

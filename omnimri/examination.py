@@ -6,18 +6,18 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCE_WORDS, SEQUENCES
-from .conversation import IGNORE, MAX_LESION_EVIDENCE, card, query_messages, render
-from .example import LESION_CLASS, Example, Record, prepare, sequence_exchange
+from .conversation import MAX_LESION_EVIDENCE, card, query_messages, render
+from .example import LESION_CLASS, Example, Record, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
-from .measure import Measured, location, measure, rank_components, right_of_midline, side_of, signal_words
+from .measure import Measured, lesion_signals, location, measure, rank_components, right_of_midline, side_of, signal_profile, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
 from .tasks import Detect, Segment
@@ -28,6 +28,10 @@ CHUNK = 8
 """Slices decoded at a time."""
 MORE_SPACING_MM = 2.0
 """Distance of slices in the planes that a volume of near-cubic voxels is looked at besides its own."""
+LESION_EDGE = 0.35
+"""A lesion reaches as far as this mean probability of all planes, from voxels over the threshold on."""
+CONFIRMED = 0.5
+"""Mean lesion probability in the other planes from which on they see what the acquisition plane sees."""
 LEAST_EXTENT_MM = 64.0
 """A slab thinner than this is looked at in its own plane only."""
 
@@ -46,6 +50,8 @@ class Lesion:
     """Mean probability inside the mask."""
     detected: float
     """Best score of a detection whose centre lies in the lesion's box; 0 without one."""
+    signal: str = ""
+    """`hyperintense` or `hypointense` to white matter, as measured; or neither."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,15 @@ def examine(
     # The lesion threshold is calibrated on one plane's probability.
     check()
     probability = segment.read_lesion(logits[0][0][-1], grid)
+    seeds = probability > lesion_threshold
+    if len(logits) > 1:
+        others = torch.stack([segment.read_lesion(x[-1], g) for x, g in logits[1:]])
+        seeds &= others.mean(0) >= CONFIRMED  # what only one plane sees is no lesion
+        probability = torch.cat([probability[None], others]).mean(0)
     del logits
     brain = labels > 0
     least = max(1, round(least_lesion_ml / volume.voxel_ml))
-    ranks, sizes_voxels = rank_components((probability > lesion_threshold) & brain, least=least)
+    ranks, sizes_voxels = rank_components(((probability > LESION_EDGE) | seeds) & brain, least=least, seeds=seeds & brain)
     ranks = torch.where(ranks == 255, 0, ranks).to(torch.uint8)
     if score > 1.0:
         ranks, sizes_voxels = torch.zeros_like(ranks), []
@@ -167,11 +178,14 @@ def examine(
     )
     places = tuple(lesion.place for lesion in lesions)
     classes, seen_ranks = _on_lattice(grid, labels, ranks)
+    signals = lesion_signals(example.images[:, 1], classes, seen_ranks, len(lesions))
+    lesions = tuple(replace(lesion, signal=signal) for lesion, signal in zip(lesions, signals, strict=True))
     evidence = _evidence(model, example, fine, classes, seen_ranks, len(lesions))
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
     notes: tuple[str, ...] = ()
     source, sequence = "header", volume.sequence
-    looks_like = named_sequence(model, tokenizer, grid.plane, signal) if score <= 1.0 else "other"
+    profile = signal_profile(*(x[..., ::2, ::2] for x in (example.images[:, 1], classes, seen_ranks)))
+    looks_like = named_sequence(model, profile) if score <= 1.0 and signal else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
     elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd"):
@@ -274,31 +288,24 @@ def _look(
     return example, model.look(shown, torch.arange(len(chosen))[None]), shown
 
 
-def named_sequence(model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, signal: tuple[str, ...]) -> str:
+def named_sequence(model: OmniMRI, profile: Tensor) -> str:
     """The sequence that may be named from the image, or `other`: by its threshold of the release, never without one."""
-    sequence, share = infer_sequence(model, tokenizer, plane, signal) if signal else ("other", 0.0)
+    sequence, share = infer_sequence(model, profile)
     threshold = getattr(model.config, "sequence_thresholds", {}).get(sequence)
     return sequence if threshold is not None and share >= threshold else "other"
 
 
-def infer_sequence(
-    model: OmniMRI, tokenizer: PreTrainedTokenizerBase, plane: str, signal: tuple[str, ...]
-) -> tuple[str, float]:
-    """The sequence whose words the language model finds likeliest after the signal of the masks, and its share of the
-    probability.
+def infer_sequence(model: OmniMRI, profile: Tensor) -> tuple[str, float]:
+    """The likeliest sequence by how bright masks are (`measure.signal_profile`), and its probability.
 
-    Whether contrast agent was given is not in those words: such an image is called T1-weighted, which it is.
+    With or without contrast agent it is T1-weighted; that agent was given is said only where it is likelier than not, with its own
+    probability.
     """
-    scores = []
-    for sequence in SEQUENCES:
-        asked = sequence_exchange(tokenizer, plane, signal, sequence)
-        ids, labels = torch.tensor([asked.ids]), torch.tensor(asked.labels)[1:]
-        logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)[labels != IGNORE]
-        scores.append(float(logits.gather(1, labels[labels != IGNORE, None]).sum()))
-    share = dict(zip(SEQUENCES, torch.tensor(scores).softmax(0).tolist(), strict=True))
-    share["T1w"] += share.pop("T1w-Gd")
+    share = dict(zip(SEQUENCES, model.heads["sequence"](profile[None])[0].float().softmax(0).tolist(), strict=True))
+    enhanced = share.pop("T1w-Gd")
+    plain, share["T1w"] = share["T1w"], share["T1w"] + enhanced
     best = max(share, key=lambda s: share[s])
-    return best, share[best]
+    return ("T1w-Gd", enhanced) if best == "T1w" and enhanced > plain else (best, share[best])
 
 
 def _query_states(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES
+from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES, SEQUENCES
 from .conversation import IGNORE, Message, Rendered, card, query_messages, render, sequence_messages
 from .volume import quantiles
 
@@ -80,6 +80,8 @@ class Example:
     """(Q,) long: the exchange about the sequence, after a card with the signal of the masks and no image."""
     sequence_labels: Tensor
     """(Q,) long: learns the words for the sequence, where it is known."""
+    sequence: Tensor
+    """() long, index into `SEQUENCES`; IGNORE where it is not known."""
     caption_ids: Tensor
     """(C,) long: the caption alone, for contrast."""
     evidence_places: Tensor
@@ -207,6 +209,7 @@ def prepare(
         query_ids=long(_standing_exchange(tokenizer, record.plane, num_image_tokens)),
         sequence_ids=long(asked.ids),
         sequence_labels=long(asked.labels if record.sequence else [IGNORE] * len(asked.ids)),
+        sequence=long(SEQUENCES.index(record.sequence) if record.sequence in SEQUENCES else IGNORE),
         caption_ids=long(render([Message("assistant", record.caption)], tokenizer).ids),
         evidence_places=long(places),
         labels=unknown if record.labels is None else record.labels,

@@ -25,11 +25,13 @@ def generate(
     no_digits: Sequence[int],
     on_text: Callable[[str], bool] | None,
     beams: int,
+    opening: Sequence[int] = (),
 ) -> list[int]:
     """Greedy or beam-searched ids after the prompt (1, T); streamed where someone listens.
 
     Args:
         no_digits: Ids that are never written.
+        opening: Ids that follow a `<report>`: a report begins with how the images were made.
         on_text: Called with the text so far; return False to stop.
     """
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
@@ -40,6 +42,15 @@ def generate(
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
             return torch.full((len(input_ids),), stop["now"])
 
+    report = model.token_ids["<report>"]
+
+    def allowed(_: int, so_far: Tensor) -> list[int]:
+        last = so_far[-len(opening) :].tolist()
+        since = len(last) - 1 - last[::-1].index(report) if report in last else len(last)
+        told = last[since + 1 :]
+        return [opening[len(told)]] if since < len(last) and told == list(opening[: len(told)]) else everything
+
+    everything = list(range(len(tokenizer)))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     settings: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),
@@ -53,6 +64,8 @@ def generate(
         "suppress_tokens": list(no_digits),
         "stopping_criteria": StoppingCriteriaList([Stop()]),
     }
+    if opening:
+        settings["prefix_allowed_tokens_fn"] = allowed
     if on_text is None or beams > 1:
         return model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False, timeout=300)

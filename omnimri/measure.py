@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,12 @@ from .volume import Volume
 MAX_INSTANCES = 250
 
 
-def rank_components(mask: Tensor, *, least: int = 1) -> tuple[Tensor, list[int]]:
+def rank_components(mask: Tensor, *, least: int = 1, seeds: Tensor | None = None) -> tuple[Tensor, list[int]]:
     """Split a (X, Y, Z) bool mask into connected components (26 neighbours), the largest first.
 
     Args:
         least: Smaller components, in voxels, become 255 (neither lesion nor not).
+        seeds: Components that hold none of these voxels are dropped (hysteresis).
 
     Returns:
         uint8 ranks from 1, of the mask's shape, and the size of each kept component in voxels.
@@ -29,9 +31,10 @@ def rank_components(mask: Tensor, *, least: int = 1) -> tuple[Tensor, list[int]]
     labelled, number = ndimage.label(mask.cpu().numpy(), structure=np.ones((3, 3, 3)))
     sizes = np.bincount(labelled.ravel(), minlength=number + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
+    seeded = np.ones(number, dtype=bool) if seeds is None else np.isin(np.arange(1, number + 1), labelled[seeds.cpu().numpy()])
     table = np.zeros(number + 1, dtype=np.uint8)
-    kept = [int(k) for k in order if sizes[k] >= least][:MAX_INSTANCES]
-    table[1:] = 255
+    kept = [int(k) for k in order if sizes[k] >= least and seeded[k]][:MAX_INSTANCES]
+    table[1:][seeded] = 255
     for rank, k in enumerate(kept, 1):
         table[k + 1] = rank
     return torch.from_numpy(table[labelled]).to(mask.device), [int(sizes[k]) for k in kept]
@@ -186,6 +189,64 @@ def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, 
             word = "similar" if abs(off) < 0.05 else "brighter" if off > 0 else "darker"
             told.append(f"{name}: {'much ' if abs(off) > 0.3 else ''}{word}")
     return tuple(told)
+
+
+def lesion_signals(image: Tensor, classes: Tensor, lesions: Tensor, number: int) -> tuple[str, ...]:
+    """Whether each lesion is `hyperintense` or `hypointense` to white matter by medians; empty where it differs by less than 0.05, or too
+    little of either is there.
+
+    Args:
+        image: (S, H, W) normalised intensities (`example.normalise`).
+        classes: (S, H, W) structure classes.
+        lesions: (S, H, W) lesion ranks from 1; 0 elsewhere.
+        number: Of lesions.
+    """
+    is_white = torch.tensor([False, *(s.name.endswith("cerebral white matter") for s in STRUCTURES)])
+    white = is_white[classes.int()] & (lesions == 0)
+    if int(white.sum()) < 50:
+        return ("",) * number
+    level = image[white].median()
+    off = [float(image[where].median() - level) if int((where := lesions == r).sum()) >= 10 else 0.0 for r in range(1, number + 1)]
+    return tuple("" if abs(x) < 0.05 else "hyperintense" if x > 0 else "hypointense" for x in off)
+
+
+_STEMS = sorted({s.name.removeprefix("left ").removeprefix("right ") for s in STRUCTURES})
+_STEM_OF_CLASS = torch.tensor([0, *(1 + _STEMS.index(s.name.removeprefix("left ").removeprefix("right ")) for s in STRUCTURES)])
+_SICK, _UNTOLD = len(_STEMS) + 1, len(_STEMS) + 2
+_OUTSIDE, _INSIDE = (0.5, 0.75, 0.9, 0.97, 0.995), (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.997)
+PROFILE_SIZE = 3 * (len(_STEMS) + 1) + len(_OUTSIDE) + len(_INSIDE) + 1
+
+
+def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
+    """How bright everything is against white matter, in (PROFILE_SIZE,) numbers from which a sequence can be told.
+
+    Of each structure with sides merged, then of lesions: the logarithm of its median, its spread, and whether it is there; quantiles of
+    what is not brain and of the brain; the level of white matter itself.
+
+    Args:
+        image: (S, H, W) normalised intensities (`example.normalise`).
+        classes: (S, H, W) structure classes.
+        lesions: (S, H, W) lesion ranks from 1; 0 elsewhere, 255 where unknown.
+    """
+    stems = _STEM_OF_CLASS.to(classes.device)[classes.int()]
+    stems = torch.where(lesions == 255, _UNTOLD, torch.where(lesions > 0, _SICK, stems)).flatten()
+    values, order = image.flatten().float().sort()
+    stems = stems[order]
+
+    def at(x: Tensor, shares: Sequence[float]) -> list[float]:
+        return [float(x[min(len(x) - 1, int(q * len(x)))]) + 0.05 for q in shares] if len(x) else [0.05] * len(shares)
+
+    groups = [values[stems == k] for k in range(_SICK + 1)]
+    inside = values[(stems > 0) & (stems != _UNTOLD)]
+    white = groups[1 + _STEMS.index("cerebral white matter")]
+    level = max(at(white if len(white) >= 50 else inside, (0.5,))[0], 0.02)
+    ratio = lambda v: max(-3.0, min(3.0, math.log(max(v, 0.01) / level)))  # noqa: E731
+    out: list[float] = []
+    for group in groups[1:]:
+        low, middle, high = at(group, (0.1, 0.5, 0.9))
+        out += [ratio(middle), min(3.0, (high - low) / level), 1.0] if len(group) >= 20 else [0.0, 0.0, 0.0]
+    out += [ratio(v) for v in (*at(groups[0], _OUTSIDE), *at(inside, _INSIDE))]
+    return torch.tensor([*out, math.log(level)], device=image.device)
 
 
 def size_word(diameter_mm: float) -> str:

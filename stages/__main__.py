@@ -15,7 +15,7 @@ from . import STAGES
 
 DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
              "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int, "num_cascades": int, "cascade_width": int,
-             "reuse": int, "stem_widths": lambda v: [int(n) for n in v.split(",")]}
+             "reuse": int, "text_layers": int, "stem_widths": lambda v: [int(n) for n in v.split(",")]}
 RATE = "learning_rate."
 """`--set learning_rate.GLOB=RATE` goes before the stage's own rates; 0 freezes."""
 
@@ -35,9 +35,15 @@ def build_recipe(name: str, data: str | None, model_size: int, settings: dict[st
     raise ValueError(f"unknown recipe {name!r}; expected phantom or synthetic")
 
 
-def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
-    """A tokenizer trained on the recipes' wordings: records of a phantom, whose text has every recipe's grammar."""
+def recipe_tokenizer(*, vocab_size: int, records: int = 400, wide: bool = False) -> Any:
+    """A tokenizer trained on the recipes' wordings: records of a phantom, whose text has every recipe's grammar.
+
+    Args:
+        wide: In every wording.
+    """
     from data_recipes import Phantom
+    from data_recipes.describe import describe
+    from data_recipes.recipe import generator
     from omnimri.anatomy import NAMES
     from omnimri.conversation import QUERY_REQUEST, card, query_messages
     from omnimri.tokens import train_tokenizer
@@ -47,9 +53,16 @@ def recipe_tokenizer(*, vocab_size: int, records: int = 400) -> Any:
     texts += [query_messages()[1].text]
     for i in range(records):
         record = source.record(7, i)
+        if wide:
+            record = describe(record, generator(7, "wide", i), wide=True)
         texts.append(f"{card(record.plane, record.sequence, record.lesion_places, record.signal)} {record.caption}")
         texts += [m.text for chat in record.conversations for m in chat]
     return train_tokenizer(texts, vocab_size)
+
+
+def new_tokenizer(settings: dict[str, Any]) -> Any:
+    """The tokenizer that settings ask for."""
+    return recipe_tokenizer(vocab_size=settings.get("vocab_size", 2048), wide=settings.get("recipe") == "synthetic")
 
 
 def new_model(name: str, settings: dict[str, Any], *, base: Path | None, vision: Path | None) -> tuple[Any, Any]:
@@ -73,10 +86,11 @@ def new_model(name: str, settings: dict[str, Any], *, base: Path | None, vision:
 
     base = base or (folder_of(LANGUAGE) if name == "small" else None)
     named = base_of(base) if base else {}
-    tokenizer = extend_tokenizer(load_tokenizer(base)) if base else recipe_tokenizer(vocab_size=settings.get("vocab_size", 2048))
+    tokenizer = extend_tokenizer(load_tokenizer(base)) if base else new_tokenizer(settings)
     config = preset(name, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
     for key in {"num_cascades", "cascade_width", "stem_widths"} & set(settings):
         setattr(config, key, settings[key])
+    config.text_config.num_hidden_layers = settings.get("text_layers", config.text_config.num_hidden_layers)
     if base:
         config.text_config = AutoConfig.from_pretrained(str(base), local_files_only=True)
         config.base, config.num_token_rows = named, len(tokenizer) - config.text_config.vocab_size
@@ -130,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     from omnimri.checkpoint import load_tokenizer, newest_good, resolve
     from omnimri.model.config import OmniMRIConfig
     from omnimri.model.omnimri import OmniMRI
+    from omnimri.tokens import token_ids
     from omnimri.weights import find_base
 
     from .engine import FitConfig, fit
@@ -150,13 +165,21 @@ def main(argv: list[str] | None = None) -> int:
             convert = DATA_KEYS.get(key) or {"int": int, "float": float, "bool": lambda v: v == "true", "str": str}[types[key]]
             settings[key] = convert(value)
         seed = settings.get("seed", 0)
-        source_of_weights = newest_good(args.out) or (resolve(args.init) if args.init else None)
+        resumed = newest_good(args.out)
+        source_of_weights = resumed or (resolve(args.init) if args.init else None)
         torch.manual_seed(seed)
         if source_of_weights is not None:
             tokenizer = load_tokenizer(source_of_weights)
             config = OmniMRIConfig.from_pretrained(str(source_of_weights))
             for key in {"num_cascades", "cascade_width", "stem_widths"} & set(settings):
                 setattr(config, key, settings[key])
+            if resumed is None and {"vocab_size", "text_layers"} & set(settings):
+                if config.base:
+                    raise ValueError("expected no vocab_size or text_layers for a model on a base language model, which has its own")
+                # A language model of another size begins anew; the rest is handed over.
+                tokenizer = new_tokenizer(settings)
+                config.token_ids, config.text_config.vocab_size = token_ids(tokenizer), len(tokenizer)
+                config.text_config.num_hidden_layers = settings.get("text_layers", config.text_config.num_hidden_layers)
             lora, config.lora_rank = config.lora_rank, 0
             model = OmniMRI(config)
             if lora:

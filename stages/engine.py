@@ -84,6 +84,9 @@ class FitConfig:
     """Examples a process and micro-batch."""
     accumulate: int = 1
     """Micro-batches a step. Over 1, each is run once more without gradient, first, to count what it holds."""
+    echo: int = 1
+    """Steps in a row that see the same micro-batches, each with draws of its own (data echoing, arXiv 1907.05550): for an
+    accelerator that is faster than the processors which make its data."""
     warmup: int = 50
     weight_decay: float = 0.05
     seed: int = 0
@@ -145,10 +148,15 @@ class _Indices(torch.utils.data.Dataset):
         self.source, self.config, self.start, self.rank, self.world = source, config, start, rank, world
 
     def __len__(self) -> int:
-        return max(0, (self.config.steps - self.start) * self.config.accumulate)
+        return max(0, math.ceil(self.config.steps / self.config.echo) - self.first) * self.config.accumulate
+
+    @property
+    def first(self) -> int:
+        """Window of micro-batches that the first step sees."""
+        return self.start // self.config.echo
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
-        return batch_at(self.source, self.config, self.start * self.config.accumulate + k, self.rank, self.world)
+        return batch_at(self.source, self.config, self.first * self.config.accumulate + k, self.rank, self.world)
 
 
 def batch_at(source: Source, config: FitConfig, micro: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
@@ -225,15 +233,19 @@ def fit(
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_one_thread,
+        pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
+    window: list[dict[str, Tensor]] = []
+    kept: dict[int, dict[str, Tensor]] = {}
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, mininterval=2)
     last: dict[str, float] = {}
     for step in range(start, config.steps):
         tick = time.perf_counter()
         for group in updates.groups:
             group["lr"] = group["peak"] * config.rate(step)
-        window = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(config.accumulate)]
+        if not window or step % config.echo == 0:
+            window = [{k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()} for _ in range(config.accumulate)]
         objective.train()
         values = _step(accelerator, updates, window, stable_hash(f"step {config.seed} {step}") % (1 << 31))
         objective.after_step(step)
@@ -244,7 +256,7 @@ def fit(
             accelerator.log({f"train/{k}": v for k, v in values.items()} | {"samples_per_s": rate}, step=step)
         done = step + 1 == config.steps
         if (step + 1) % config.validate_every == 0 or done:
-            last = validate(accelerator, objective, validation or source, config)
+            last = validate(accelerator, objective, validation or source, config, kept)
             accelerator.log({f"validation/{k}": v for k, v in last.items()}, step=step)
             told = " ".join(f"{k} {v:.4f}" for k, v in last.items())
             accelerator.print(f"\nstep {step + 1} train {_told(values)} | validation {told}", flush=True)
@@ -303,13 +315,20 @@ def _step(accelerator: Any, updates: Updates, window: list[dict[str, Tensor]], s
 
 
 @torch.no_grad()
-def validate(accelerator: Any, objective: Objective, source: Source, config: FitConfig) -> dict[str, float]:
-    """Loss terms and metrics over fixed examples that training never sees."""
+def validate(
+    accelerator: Any, objective: Objective, source: Source, config: FitConfig, kept: dict[int, dict[str, Tensor]]
+) -> dict[str, float]:
+    """Loss terms and metrics over fixed examples that training never sees.
+
+    Args:
+        kept: The batches, from the first time on.
+    """
     objective.eval()
     sums: dict[str, list[float]] = {}
     for k in range(config.validate_batches):
-        batch = batch_at(source, config, VALIDATION_START + k, accelerator.process_index, accelerator.num_processes)
-        batch = {name: v.to(accelerator.device) for name, v in batch.items()}
+        if k not in kept:
+            kept[k] = batch_at(source, config, VALIDATION_START + k, accelerator.process_index, accelerator.num_processes)
+        batch = {name: v.to(accelerator.device) for name, v in kept[k].items()}
         torch.manual_seed(k)
         with accelerator.autocast():
             terms = objective(batch) | objective.metrics(batch)

@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data_recipes.mixture import Mixture
 from data_recipes.recipe import generator
-from omnimri.conversation import Message, render
+from omnimri.conversation import IGNORE, Message, render
 from omnimri.example import LESION_CLASS, Example, Record, collate, prepare
 from omnimri.grounding import pool_evidence
+from omnimri.measure import signal_profile
 from omnimri.model.omnimri import OmniMRI
 from omnimri.tasks import Detect, Reconstruct, Report, Segment
 from omnimri.tasks.segment import UNKNOWN
 
 from .engine import Objective, Term
 
-WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.5, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0, "detect": 0.1,
-           "box": 0.05, "reconstruct": 0.5, "spread": 0.05, "coils": 0.25}
+WEIGHTS = {"match": 0.4, "text": 1.0, "sequence": 0.5, "sequence_head": 0.5, "segment": 1.0, "dice": 1.0, "lesion": 2.0, "lesion_dice": 1.0,
+           "detect": 0.1, "box": 0.05, "reconstruct": 0.5, "spread": 0.05, "coils": 0.25}
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count)."""
@@ -63,6 +65,8 @@ class DialogueSource:
         return collate(examples, pad_id=self.tokenizer.pad_token_id)
 
 
+NAMED = 8
+"""Studies of a batch whose sequence is told from their masks: sorting intensities takes longer than learning from them."""
 GIVEN_COILS = 0.1
 """Share of the reconstructions whose sensitivities are given."""
 
@@ -102,7 +106,7 @@ class GroundedDialogue(Objective):
             words = draw >= self.mask_share
             masks = not self.mask_share <= draw < self.mask_share + self.word_share
         seen = self.see(batch, phase, masks)
-        losses = Segment().loss(seen["masks"], Segment().target(batch, phase)) if masks else {}
+        losses = self.outline(batch, phase, seen) if masks else {}
         if words:
             losses |= self.speak(batch, phase, seen) | {"sequence": self.name_sequence(batch)}
             losses |= self.ask(batch, phase, seen) if masks else self.stand(batch, seen, 1)[0]
@@ -117,7 +121,9 @@ class GroundedDialogue(Objective):
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}
 
     def reconstruct(self, batch: dict[str, Tensor]) -> Losses:
-        """What becomes of k-space."""
+        """What becomes of k-space, where there is any."""
+        if not batch["kspace"].numel():
+            return {}
         given = batch["coils"] if float(torch.rand(())) < GIVEN_COILS else None
         image = self.model.heads["reconstruct"](batch["kspace"], batch["kspace_mask"], given)
         return Reconstruct().loss(image, Reconstruct().target(batch))
@@ -136,6 +142,18 @@ class GroundedDialogue(Objective):
         feature = pixels.phase(phase)
         logits = head.logits(head.table.expand(len(batch["images"]), -1, -1), feature) if masks else None
         return {"visual": model.look(patches, batch["chosen"]), "pixels": pixels, "feature": feature, "masks": logits}
+
+    def outline(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any]) -> Losses:
+        """Masks by the table, and the sequence by how bright the masks are that it gives."""
+        structures, lesion = seen["masks"]
+        cut = (slice(NAMED), slice(None), slice(phase // 2, None, 2), slice(phase % 2, None, 2))
+        images = batch["images"][:, :, 1][cut]
+        shape = images.shape[0] * images.shape[1]
+        found = structures[:shape].detach().argmax(1), (lesion[:shape].detach() > 0).long()
+        profiles = torch.stack([signal_profile(*study) for study in zip(images, *(x.view(images.shape) for x in found), strict=True)])
+        sequence = batch["sequence"][:NAMED]
+        told = F.cross_entropy(self.model.heads["sequence"](profiles).float(), sequence, ignore_index=IGNORE, reduction="sum")
+        return Segment().loss(seen["masks"], Segment().target(batch, phase)) | {"sequence_head": (told, (sequence != IGNORE).sum())}
 
     def speak(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any]) -> Losses:
         """Next tokens, with the evidence of the true masks; the queries at their `<segment>` go to `seen["spoken"]`."""

@@ -22,15 +22,14 @@ from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
 from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, publish, resolve, save_model
 from omnimri.conversation import card, query_messages, render
-from omnimri.examination import doubt, infer_sequence
+from omnimri.examination import LESION_EDGE, doubt, infer_sequence
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence
-from omnimri.measure import rank_components, signal_words
+from omnimri.measure import rank_components, signal_profile, signal_words
+from omnimri.tasks.reconstruct import fast_bf16
 
 SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
-DOUBTFUL_SHARE = 0.05
-"""Share of the held-out studies that may be too doubtful to judge."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which the lesion threshold may show a lesion."""
 
@@ -60,32 +59,43 @@ class Seen:
     """See `omnimri.examination.doubt`."""
     signal: tuple[str, ...]
     """How bright those masks are, in words."""
+    image: torch.Tensor
+    """(S, H/2, W/2) normalised intensities at phase 0."""
+    classes: torch.Tensor
+    """(S, H/2, W/2) structure classes there."""
+
+    def profile(self, lesion_threshold: float = 0.5) -> torch.Tensor:
+        """How bright those masks are, in numbers (`omnimri.measure.signal_profile`)."""
+        return signal_profile(self.image, self.classes, (self.lesion > lesion_threshold).long())
 
 
 def see(model: Any, tokenizer: Any, record: Record) -> Seen:
     """Masks and evidence of a record by the standing queries."""
     images, positions, plane = normalise(record.images)[None], record.positions_mm[None], torch.tensor([PLANES.index(record.plane)])
-    patches = model.encode(images, positions, plane)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=fast_bf16(images.device)):  # as `omnimri.examination` does
+        patches = model.encode(images, positions, plane).float()
+        pixels = model.pixels(images, patches, positions)
     chosen = language_slices(images.shape[1], model.config.max_slices)
     visual = model.look(patches, chosen[None])
     ids = torch.tensor([render(query_messages(), tokenizer, study=card(record.plane), num_image_tokens=visual.shape[1]).ids])
     _, states = model.hidden_at(ids, model(input_ids=ids, visual=visual).hidden_states[0], "<segment>")
-    feature = model.pixels(images, patches, positions).phase(0)
+    feature = pixels.phase(0).float()
     structures, lesion = model.heads["segment"].logits(model.heads["segment"].queries(states[None]), feature)
     masks = structures.argmax(1), torch.zeros_like(lesion)
     pooled = pool_evidence(feature, masks[0][None], masks[1][None], positions)[:, 1:LESION_CLASS]
     evidence = model.evidence(pooled, torch.arange(1, LESION_CLASS)[None])
-    signal = signal_words(images[0, :, 1, ::2, ::2], *masks)
-    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, doubt(structures.softmax(1)), signal)
+    image = images[0, :, 1, ::2, ::2]
+    words = signal_words(image, *masks)
+    return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, doubt(structures.softmax(1)), words, image, masks[0])
 
 
-def sequence_thresholds(model: Any, tokenizer: Any, records: list[Record], looks: list[Seen]) -> dict[str, Any]:
+def sequence_thresholds(model: Any, records: list[Record], looks: list[Seen]) -> dict[str, Any]:
     """For each sequence the smallest probability from which on it may be named when read off the image, where there is one;
     and what was measured for it.
     """
     told: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for record, look in zip(records, looks, strict=True):
-        said, share = infer_sequence(model, tokenizer, record.plane, look.signal)
+        said, share = infer_sequence(model, look.profile())
         told[said].append((share, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
     found = {}
     for sequence, named in told.items():
@@ -113,12 +123,13 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
     doubts = torch.tensor([look.doubt for look in looks])
-    model.config.doubt_limit = float(doubts.quantile(1 - DOUBTFUL_SHARE))
+    model.config.doubt_limit = float(doubts.max())  # real scans, tumours above all, are more doubtful than simulated ones
     tried: dict[float, tuple[float, float]] = {}
     for threshold in THRESHOLDS:
         normal = alarms = diseased = found = 0
         for record, look in zip(records, looks, strict=True):
-            said = rank_components(look.lesion > threshold, least=6)[0]
+            seeds = look.lesion > threshold
+            said = rank_components(seeds | (look.lesion > LESION_EDGE), least=6, seeds=seeds)[0]
             said = (said > 0) & (said < 255)
             truth = (record.lesions > 0) & (record.lesions < 255)
             if not record.lesion_places:
@@ -130,7 +141,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     model.config.lesion_threshold = min(good) if good else NEVER
     tried[NEVER] = (0.0, 0.0)
     model.config.least_lesion_ml = 0.1
-    sequence = sequence_thresholds(model, tokenizer, records, looks)
+    sequence = sequence_thresholds(model, records, looks)
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
     model.config.lesion_sensitivity = tried[model.config.lesion_threshold][1]
     return {

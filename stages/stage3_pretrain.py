@@ -16,6 +16,7 @@ LEARNING_RATE = {
     "heads.pixels.*": 5e-3,
     "heads.segment.table": 5e-3,
     "heads.segment.query.*": 3e-3,
+    "heads.sequence.*": 4e-3,
     "heads.*": 1e-3,
 }
 DEFAULTS = {"steps": 2000, "batch_size": 2, "warmup": 100}

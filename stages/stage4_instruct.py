@@ -12,6 +12,7 @@ LEARNING_RATE = {
     "language.model.embed_tokens.weight": 5e-4,
     "projector.*": 3e-4,
     "heads.contrast.*": 0.0,
+    "heads.sequence.*": 4e-3,
     "heads.*": 5e-4,
 }
 DEFAULTS = {"steps": 500, "batch_size": 2}

@@ -85,8 +85,9 @@ class Whole(Updates):
 
     def step(self) -> None:
         """Clip, update, forget."""
-        self.accelerator.clip_grad_norm_(self.module.parameters(), CLIP_NORM)
-        self.prepared.step()
+        # A gradient that overflowed says nothing; every rank sees the same norm.
+        if bool(torch.isfinite(self.accelerator.clip_grad_norm_(self.module.parameters(), CLIP_NORM))):
+            self.prepared.step()
         self.prepared.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_plane, ground_sequence, lesion_measures
 from omnimri.assistant import Assistant
@@ -12,6 +13,7 @@ from omnimri.conversation import plain_ids
 from omnimri.examination import Lesion
 from omnimri.measure import Measured
 from omnimri.tokens import digit_ids
+from omnimri.volume import Volume
 
 
 def lesion(rank, side, place, ml=2.0, mm=18.0):
@@ -106,6 +108,8 @@ def test_questions_name_structures():
     assert names_in("Outline the thalamus") == ("left thalamus", "right thalamus")
     assert names_in("the left inferior lateral ventricle") == ("left inferior lateral ventricle",)
     assert names_in("Where is the 3rd ventricle?") == ("3rd ventricle",)
+    assert names_in("Compare left and right hippocampus") == names_in("left vs. the right hippocampus: same?")
+    assert names_in("Compare left and right hippocampus") == ("left hippocampus", "right hippocampus")
     assert names_in("Write a report.") == ()
 
 
@@ -145,6 +149,67 @@ def test_normal_anatomy_is_told_as_the_masks_show_it(raw, visible, signal, said)
 def test_a_finding_cites_the_instance_of_its_largest_slice(axis, count, cited):
     seen = SimpleNamespace(volume=SimpleNamespace(source=tuple(f"1.2.{k}" for k in range(count))), slice_axis=axis)
     assert Assistant._finding(None, LEFT, seen).to_json()["sop_instance_uid"] == cited
+
+
+def test_a_lesion_is_seen_in_other_planes_too_and_reaches_to_its_edge(checkpoint, monkeypatch):
+    """Cubes in three views: one that only the first plane sees, one that all see, with a rim that they half see."""
+    from omnimri.examination import examine
+    from omnimri.tasks import Segment
+
+    cube = Volume(torch.rand(1, 72, 72, 72, generator=torch.Generator().manual_seed(0)), torch.eye(4, dtype=torch.float64))
+    seen_by_all, rim, alone = torch.zeros(3, 72, 72, 72, dtype=torch.bool)
+    seen_by_all[20:30, 20:30, 20:30] = rim[19:31, 20:30, 20:30] = alone[50:60, 50:60, 50:60] = True
+    asked = []
+
+    def probability(self, predicted, grid):
+        asked.append(grid.plane)
+        return torch.where(seen_by_all, 0.99, torch.where(rim, 0.4, torch.where(alone, 0.99 if len(asked) == 1 else 0.0, 0.0)))
+
+    monkeypatch.setattr(Segment, "read_lesion", probability)
+    monkeypatch.setattr(Segment, "read", lambda self, *views: torch.full((72, 72, 72), 2, dtype=torch.int32))
+    made = Assistant(checkpoint)
+    seen = examine(made.model, made.tokenizer, cube, lesion_threshold=0.9, least_lesion_ml=0.1)
+    assert len(set(asked)) == 3
+    assert len(seen.lesions) == 1
+    assert torch.equal(seen.lesion_ranks == 1, rim)
+
+
+def test_a_report_opens_with_its_plane(checkpoint, scan_file):
+    """Whatever the model would say first: this one was never trained."""
+    from omnimri import open_study
+
+    made, study = Assistant(checkpoint), open_study(scan_file)
+    plane = made.examine(study.primary).grid.plane.capitalize()
+    for settings in ({}, {"beams": 2}, {"on_text": lambda _: True}):
+        assert made.answer(study, "Write a report.", task="report", **settings).raw.startswith(f"<report> {plane}")
+
+
+def test_a_query_that_is_the_standing_one_draws_no_second_mask(checkpoint, scan_file, monkeypatch):
+    from omnimri import assistant, open_study
+
+    made, study, drawn = Assistant(checkpoint), open_study(scan_file), []
+    said = made.tokenizer("Outlined: the left thalamus <segment>.", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(assistant, "generate", lambda *_: said)
+    monkeypatch.setattr(assistant, "answer_labels", lambda model, seen, own: drawn.append(set(own)) or seen.labels)
+    made.answer(study, "Outline the left thalamus.")
+    assert len(drawn) == 1, "an untrained model's own query is another"
+    monkeypatch.setattr(assistant, "SAME_QUERY", 1e9)
+    assert made.answer(study, "Outline the left thalamus.").structures[0].name == "left thalamus"
+    assert len(drawn) == 1
+
+
+def test_what_is_known_in_general_is_said_word_for_word(checkpoint, scan_file, monkeypatch):
+    """A sentence on lesions needs pixels, unless it is one of those that speak of no study."""
+    from omnimri import Assistant, assistant, open_study
+    from omnimri.knowledge import GENERAL, KNOWLEDGE
+
+    told = KNOWLEDGE[0][2]
+    assert "lesions" in told
+    made = Assistant(checkpoint)
+    for said, kept in ((told, True), (told.replace("is suppressed", "is bright"), False)):
+        monkeypatch.setattr(assistant, "generate", lambda *_, said=said: made.tokenizer(said, add_special_tokens=False)["input_ids"])
+        assert (made.answer(open_study(scan_file), "What is a FLAIR sequence?").text == said) is kept
+    assert len(GENERAL) == len(KNOWLEDGE)
 
 
 def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_recipes import Mixture, Phantom
-from omnimri.checkpoint import newest_good
+from omnimri.checkpoint import load_model, newest_good
 from omnimri.model.omnimri import OmniMRI
 from stages import STAGES
 from stages.__main__ import main
@@ -79,6 +79,41 @@ def test_compiled_training_resumes_bit_identically_and_agrees(config, tokenizer,
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     plain = run("pretrain", config, tokenizer, tmp_path / "plain", workers=0, shares=shares)
     assert last["segment"] == pytest.approx(plain["segment"], rel=0.02)
+
+
+def test_echoed_batches_resume_bit_identically_in_the_middle(config, tokenizer, tmp_path):
+    """Steps 0 and 1 see one batch, 2 and 3 the next; the run that is cut after three steps goes on with the same batch."""
+    for out in ("whole", "cut"):
+        run("pretrain", config, tokenizer, tmp_path / out, workers=0, echo=2, save_every=3, steps=4)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    run("pretrain", config, tokenizer, tmp_path / "cut", workers=2, echo=2, save_every=3, steps=4)
+    run("pretrain", config, tokenizer, tmp_path / "plain", workers=0, save_every=3, steps=4)
+    a, b, c = (load_file(tmp_path / k / "checkpoints" / "step-000004" / "model.safetensors") for k in ("whole", "cut", "plain"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert any(not torch.equal(v, c[k]) for k, v in a.items())
+
+
+def test_a_gradient_that_overflowed_changes_nothing(config, tokenizer, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    run("align", config, tokenizer, tmp_path, workers=0)
+    a, b = (load_file(tmp_path / "checkpoints" / f"step-00000{k}" / "model.safetensors") for k in (2, 4))
+    assert all(torch.equal(v, b[k]) for k, v in a.items() if "running" not in k and "batches" not in k)
+
+
+def test_a_language_model_of_another_size_begins_anew_on_the_rest(checkpoint, tmp_path):
+    sizes = ("text_layers=2", "vocab_size=700", "num_slices=2", "batch_size=1", "validate_batches=1")
+    order = ["pretrain", "--init", str(checkpoint), "--out", str(tmp_path), *(x for s in sizes for x in ("--set", s))]
+    assert main([*order, "--set", "steps=1"]) == 0
+    model, tokenizer, _ = load_model(newest_good(tmp_path))
+    assert (model.config.text_config.num_hidden_layers, len(tokenizer)) == (2, model.config.text_config.vocab_size)
+    assert len(tokenizer) <= 720
+    before = load_file(checkpoint / "model.safetensors")
+    kept = {k: v for k, v in model.state_dict().items() if k.startswith("heads.contrast") and "running" not in k and "batches" not in k}
+    assert kept
+    assert all(torch.equal(v, before[k]) for k, v in kept.items())
+    assert main([*order, "--set", "steps=2"]) == 0, "resumed, with what was built"
 
 
 def test_8_bit_optimizer_resumes_bit_identically(config, tokenizer, tmp_path):

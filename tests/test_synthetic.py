@@ -22,6 +22,7 @@ from data_recipes.pathology import KINDS, draw_spot, write
 from data_recipes.phantom import head_codes
 from data_recipes.protocol import draw_protocol, signals
 from data_recipes.recipe import generator
+from data_recipes.scanner import burn
 from data_recipes.tissue import CODE, NUM_CODES, SIDE_OF_CODE
 from data_recipes.wording import REQUESTS, Voice
 from omnimri.anatomy import NAMES, SEQUENCES, STRUCTURES
@@ -239,6 +240,16 @@ def test_wordings_are_many_and_name_what_they_are_about():
             assert all("left putamen" in s.lower() for s in said)
         assert len({Voice(generator(0, i), False).ask(name, "x") for i in range(100)}) <= len(request.plain)
     assert sum(r.count() for r in REQUESTS.values()) > 1000
+
+
+def test_burnt_letters_cover_little_and_are_bright():
+    image = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    for i in range(30):
+        marked = burn(torch.Generator().manual_seed(i), image)
+        changed = marked != image
+        assert 10 < int(changed[0, 0].sum()) < 0.4 * 96 * 96
+        assert bool((changed == changed[0, 0]).all()), "in every slice alike"
+        assert float(marked[changed].min()) >= 0.7 * float(image.max())
 
 
 def test_kspace_has_drawn_coils_and_masks():

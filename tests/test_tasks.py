@@ -80,3 +80,9 @@ def test_measures_of_a_known_box():
     assert sizes == [200]
     assert int(ranks[0, 0, 0]) == 255
     assert side_of(torch.tensor([True, False])) == "midline"
+    mask[15:17, 15:17] = True
+    seeds = torch.zeros_like(mask)
+    seeds[15, 15, 0] = True
+    ranks, sizes = rank_components(mask, seeds=seeds)
+    assert sizes == [4 * mask.shape[2]]
+    assert set(ranks[5:10].unique().tolist()) == {0}

