@@ -1,5 +1,5 @@
 """python -m eval COMMAND: generated reports (report, compare, perturb, facts), suites of cases (suite), and single studies of the
-project itself (reading, speed, reconstruct, realism, paraphrase, planted, picture). Everything runs offline.
+project itself (reading, speed, reconstruct, realism, resampled, paraphrase, planted, picture). Everything runs offline.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     rebuilt.add_argument("--noise", nargs="+", choices=("low", "moderate", "high"), default=("moderate",))
     rebuilt.add_argument("--raw", type=Path, metavar="KSPACE", help="also a picture of measured k-space, beside BART's")
     real = command("realism", "simulated studies against real scans")
+    stored = command("resampled", "a labelled scan with its array turned, in larger voxels and as a mirrored person")
     other = command("paraphrase", "the same requests in other words")
     other.add_argument("--questions", type=Path, metavar="FILE", help="more questions: image|category|question|answer (VQA-Med 2019)")
     other.add_argument("--count", type=int, default=10, help="held-out simulated studies that are asked about")
@@ -63,11 +64,11 @@ def parser() -> argparse.ArgumentParser:
     command("reading", "seconds to read a scan beside other readers")
     command("speed", "seconds of report metrics beside pycocoevalcap's")
     drawn = command("picture", "the picture in the README")
-    for sub in (suite, rebuilt, real, drawn, other, burnt):
+    for sub in (suite, rebuilt, real, stored, drawn, other, burnt):
         sub.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
     for sub in (suite, rebuilt, real, other, burnt):
         sub.add_argument("--maps", type=Path, metavar="DIR", help="folder of label maps")
-    for sub in (suite, rebuilt, real):
+    for sub in (suite, rebuilt, real, stored):
         sub.add_argument(
             "--scans", type=Path, action="append", default=[], metavar="DIR", help="folder that eval/scans.tsv is about; may be repeated"
         )
@@ -153,6 +154,14 @@ def run(args: argparse.Namespace) -> None:
             write_atomic(out / "results.json", to_json({"checkpoint_sha256": assistant.digest, **found}))
             write_atomic(out / "results.md", text)
             print(text)
+            return
+        if args.command == "resampled":
+            from . import resampled
+
+            ways = resampled.measure(assistant, args.scans)
+            write_atomic(out / "results.json", to_json({"checkpoint_sha256": assistant.digest, "scans": ways}))
+            write_atomic(out / "results.md", resampled.markdown(ways))
+            print(resampled.markdown(ways))
             return
         if not args.maps or not args.scans:
             raise ValueError("expected --maps and --scans")

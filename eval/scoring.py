@@ -33,6 +33,8 @@ MIXTURE, CONSTANT, ZERO_FILLED, DEEPBET, WAVELET = (
     "deepbet",
     "sigpy L1-wavelet",
 )
+FLUID = 24
+"""FreeSurfer's number of fluid that is in no ventricle."""
 CONSTANT_REPORT = (
     "Axial T1-weighted MRI of the brain. The slices show the cerebral hemispheres and lateral ventricles. No focal lesion is seen. "
     "Impression: no focal lesion."
@@ -210,6 +212,9 @@ class Tissue:
         if truth.brain is not None:
             for system, labels in s.labels.items():
                 self._put("brain mask", system, dice(ndimage.binary_fill_holes(labels > 0), truth.brain))
+                # Strippers differ in whether the fluid around the brain is brain.
+                inner = ndimage.binary_fill_holes((labels > 0) & (labels != FLUID))
+                self._put("brain mask without the fluid around it", system, dice(inner, truth.brain))
             image = image_of(s)
             self._put("brain mask", "whole head", dice(ndimage.binary_fill_holes(image > 0.1 * np.percentile(image, 99)), truth.brain))
             peer = predict.deepbet_mask(s.study)
