@@ -20,6 +20,7 @@ from .grounding import pool_evidence
 from .measure import Measured, lesion_signals, location, measure, rank_components, right_of_midline, side_of, signal_profile, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
+from .overlay import BURNT, without_overlay
 from .tasks import Detect, Segment
 from .tasks.reconstruct import fast_bf16
 from .volume import Volume
@@ -135,8 +136,10 @@ def examine(
     Raises:
         ValueError: the volume has no contrast.
     """
-    grid = Grid.fit(volume, size=model.config.image_size)
-    example, visual, shown = _look(model, tokenizer, volume, grid)
+    plain = without_overlay(volume)
+    grid = Grid.fit(plain, size=model.config.image_size)
+    notes: tuple[str, ...] = (BURNT,) if plain is not volume else ()
+    example, visual, shown = _look(model, tokenizer, plain, grid)
     num_slices = len(example.chosen)
     states = _query_states(model, tokenizer, grid.plane, visual, num_slices)
     queries = model.heads["segment"].queries(states["<segment>"][None])
@@ -144,8 +147,8 @@ def examine(
     score = scope_score(model, shown, queries, fine)
     views = [View(grid, fine, queries)]
     for plane in more_planes(volume, grid.plane) if score <= 1.0 else ():
-        other = Grid.fit(volume, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
-        turned, seen_there, _ = _look(model, tokenizer, volume, other)
+        other = Grid.fit(plain, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
+        turned, seen_there, _ = _look(model, tokenizer, plain, other)
         asked = _query_states(model, tokenizer, plane, seen_there, len(turned.chosen))
         turned_fine, _ = _decode(model, turned, asked["<detect>"], check)
         views.append(View(other, turned_fine, model.heads["segment"].queries(asked["<segment>"][None])))
@@ -182,14 +185,13 @@ def examine(
     lesions = tuple(replace(lesion, signal=signal) for lesion, signal in zip(lesions, signals, strict=True))
     evidence = _evidence(model, example, fine, classes, seen_ranks, len(lesions))
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
-    notes: tuple[str, ...] = ()
     source, sequence = "header", volume.sequence
     profile = signal_profile(*(x[..., ::2, ::2] for x in (example.images[:, 1], classes, seen_ranks)))
     looks_like = named_sequence(model, profile) if score <= 1.0 and signal else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
     elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd"):
-        notes = (f"the header says {SEQUENCE_WORDS[sequence]}, the image looks {SEQUENCE_WORDS[looks_like]}: the header is believed",)
+        notes += (f"the header says {SEQUENCE_WORDS[sequence]}, the image looks {SEQUENCE_WORDS[looks_like]}: the header is believed",)
     record = Record(
         images=example.images,
         positions_mm=grid.positions_mm,

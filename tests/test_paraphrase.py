@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from data_recipes.wording import REQUESTS, Voice
 from eval.paraphrase import SAID, Pair, compare, markdown, pairs
 from eval.planted import ORDERS, agreement, burn, same_findings
 from omnimri.anatomy import NAMES
+from omnimri.overlay import without_overlay
+from omnimri.volume import Volume
 
 
 def test_no_paraphrase_was_trained_on():
@@ -73,6 +76,14 @@ def test_words_are_burnt_in_and_findings_compared():
         assert set(burnt[changed].tolist()) == {5.0}
         assert bool((changed[..., 0] == changed[..., 2]).all())
         assert bool(changed[:, 48:].any()), "in the upper half as it is shown"
+    head = Volume(torch.rand(1, 96, 96, 5, generator=torch.Generator().manual_seed(0)), torch.eye(4, dtype=torch.float64))
+    marked = replace(head, voxels=burn(head.voxels[0], ORDERS[0])[None])
+    where = marked.voxels != head.voxels
+    cleaned = without_overlay(marked)
+    assert torch.equal(cleaned.voxels[~where], head.voxels[~where])
+    assert float(cleaned.voxels[where].max()) < 1
+    assert without_overlay(head) is head
+    assert without_overlay(replace(marked, voxels=marked.voxels[..., :1])).shape == (96, 96, 1)
     ranks = torch.zeros(8, 8, 8, dtype=torch.uint8)
     ranks[:4] = 1
     found = SimpleNamespace(lesion=SimpleNamespace(rank=1, side="left"))
