@@ -17,6 +17,8 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# oneDNN keeps what it compiles for every new shape, 1,024 of them: hundreds of MB after some twenty studies of different sizes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache, save_img_array_to_cache
