@@ -25,6 +25,7 @@ from .views import LABEL_NAMES
 
 TIME_S = 180
 NOT_DICOM = "SEG, SR and a de-identified copy need a DICOM study; this one is not."
+MULTIFRAME = "SEG and SR need one DICOM instance for each slice; this series has its slices in one file."
 
 
 def structures(session: Session) -> list[dict[str, Any]]:
@@ -65,6 +66,12 @@ def signature(session: Session) -> str:
 def source_uids(session: Session) -> list[str]:
     """SOPInstanceUID of each slice of the shown volume; nothing where the study is no DICOM."""
     return list(session.shown.source) if session.shown is not None else []
+
+
+def why_no_segmentation(session: Session) -> str:
+    """Why the study cannot become DICOM SEG and SR; empty where it can."""
+    uids = source_uids(session)
+    return NOT_DICOM if not uids else MULTIFRAME if len(set(uids)) < len(uids) else ""
 
 
 def write_files(session: Session, folder: Path) -> list[Path]:

@@ -86,7 +86,7 @@ class Page:
         """What changes when a study or a decision does: overview, chat, scene, findings, table, report, suggestions, exports."""
         rows = [[r["name"], round(r["ml"], 1), r["percent"]] for r in export.structures(session)]
         choices = numbered(session)
-        dicom = bool(export.source_uids(session))
+        dicom, why = bool(export.source_uids(session)), export.why_no_segmentation(session)
         asked = suggestions(session)
         return (
             understood or session.overview(),
@@ -97,9 +97,9 @@ class Page:
             session.review.report(session.num_slices()) if session.upload else "",
             [[e.time, e.finding, e.change, e.before, e.after] for e in session.review.audit],
             *(gr.update(value=q or "…", interactive=bool(q)) for q in asked),
+            gr.update(interactive=not why),
             gr.update(interactive=dicom),
-            gr.update(interactive=dicom),
-            "" if dicom or not session.upload else export.NOT_DICOM,
+            why if session.upload else "",
             *self.rebuilt(session),
         )
 

@@ -127,7 +127,8 @@ class Session:
             rebuilt = open_study(self.folder / "reconstruction.nii").primary
             oriented = self.study.kspace.oriented if self.study.kspace is not None else False
             self.shown = replace(rebuilt, oriented=oriented, name="reconstruction")
-            self.zero_filled = replace(open_study(self.folder / "zero_filled.nii").primary, oriented=oriented, name="zero-filled")
+            if (self.folder / "zero_filled.nii").exists():  # earlier versions kept none
+                self.zero_filled = replace(open_study(self.folder / "zero_filled.nii").primary, oriented=oriented, name="zero-filled")
             self.study = replace(self.study, volumes=(self.shown,))
         elif self.study.volumes:
             self.shown = self.study.primary

@@ -191,4 +191,16 @@ def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path):
     again = Session(assistant, tmp_path / "session")
     assert all(np.array_equal(a, b) for a, b in zip(shown, again.before_after("axial", 1), strict=True))
     assert again.scene()["compare"] == "zero-filled"
-    again.close()
+    (tmp_path / "session" / "zero_filled.nii").unlink()
+    older = Session(assistant, tmp_path / "session")
+    assert older.scene()["compare"] == "", "of an earlier version, which kept none"
+    older.close()
+
+
+def test_why_there_is_no_segmentation_to_export(session, scan):
+    session.shown = scan
+    assert export.why_no_segmentation(session) == export.NOT_DICOM
+    session.shown = replace(scan, source=("1.2",) * scan.shape[2])
+    assert export.why_no_segmentation(session) == export.MULTIFRAME
+    session.shown = replace(scan, source=tuple(f"1.2.{k}" for k in range(scan.shape[2])))
+    assert export.why_no_segmentation(session) == ""
