@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from chat_app import export, views
-from chat_app.session import REQUESTS, Session
+from chat_app.session import FINDING, REQUESTS, Session
 from chat_app.words import answer_markdown
 from omnimri.assistant import Assistant
 from omnimri.io.kspace import write_kspace
 from omnimri.io.nifti import write_nifti
+from omnimri.measure import MAX_INSTANCES
 from omnimri.physics import fft2c, gaussian_coils, line_mask
 from omnimri.volume import KSpace
 
@@ -195,6 +196,11 @@ def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path):
     older = Session(assistant, tmp_path / "session")
     assert older.scene()["compare"] == "", "of an earlier version, which kept none"
     older.close()
+
+
+def test_labels_of_findings_are_no_structures_and_fit_the_viewers_table_of_colours():
+    assert max(views.LABEL_NAMES) < FINDING
+    assert FINDING + MAX_INSTANCES < 512
 
 
 def test_why_there_is_no_segmentation_to_export(session, scan):
