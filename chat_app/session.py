@@ -42,7 +42,7 @@ FACE_SHARE = 1.5
 """A head whose foreground is this much larger than the brain is shown with skin and face."""
 FINDING = 100
 """The k-th finding has this label plus k in the viewer's masks. With labels from 1,000 on beside those of structures, NiiVue (0.69) tints
-what has no label: its table of colours is one row of a texture.
+what has no label.
 """
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS, STRUCTURES, groups_of, join
+from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS, STRUCTURES, WHITE_CLASSES, groups_of, join
 from omnimri.conversation import COUNT_WORDS, Message
 from omnimri.example import Record, normalise
 from omnimri.knowledge import KNOWLEDGE
@@ -20,7 +20,6 @@ from .recipe import pick, uniform
 from .wording import Voice
 
 OFF = "I can only speak about what this study shows."
-WHITE = [k for k, s in enumerate(STRUCTURES, 1) if s.name.endswith("cerebral white matter")]
 LEAST_PIXELS = 25
 """A structure with fewer pixels in the study is not called visible."""
 TECHNIQUES = {"DWI": "diffusion-weighted", "ADC": "apparent diffusion coefficient", "T2*": "T2*-weighted gradient-echo"}
@@ -84,7 +83,7 @@ def facts_of(record: Record) -> Facts:
     counts = torch.bincount(record.labels.flatten().long(), minlength=len(NAMES) + 1)
     visible = tuple(s.name for k, s in enumerate(STRUCTURES, 1) if int(counts[k]) >= LEAST_PIXELS)
     signal = dict(s.split(": ") for s in record.signal)
-    white = torch.isin(record.labels, torch.tensor(WHITE, device=record.labels.device))
+    white = torch.isin(record.labels, torch.tensor(WHITE_CLASSES, device=record.labels.device))
     white &= record.lesions == 0
     level = record.images[:, 1]
     signs = tuple("" if not bool(white.any()) else "brighter" if level[record.lesions == r].median() > level[white].median() else "darker"

@@ -56,6 +56,8 @@ STRUCTURES: tuple[Structure, ...] = tuple(
 NAMES: tuple[str, ...] = tuple(s.name for s in STRUCTURES)
 CLASS_OF_LABEL = {s.label: k + 1 for k, s in enumerate(STRUCTURES)}
 CLASS_OF_NAME = {s.name: k + 1 for k, s in enumerate(STRUCTURES)}
+WHITE_CLASSES = tuple(k for k, s in enumerate(STRUCTURES, 1) if s.name.endswith("cerebral white matter"))
+"""Classes of what brightness is compared with."""
 MIRROR = {s.name: s.name.replace("left", "\0").replace("right", "left").replace("\0", "right") for s in STRUCTURES}
 """The name each structure takes when the head is mirrored."""
 

@@ -43,8 +43,6 @@ MAX_HISTORY = 8
 KEPT_EXAMINATIONS = 2
 LEAST_VISIBLE = 25
 """Voxels of a mask from which on its structure may be called visible."""
-SAME_QUERY = 0.1
-"""Relative distance up to which an answer's query is the standing one of its structure, whose mask is there already."""
 NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
@@ -267,9 +265,6 @@ class Assistant:
         ids = torch.tensor([full])
         hidden = self.model(input_ids=ids, visual=seen.visual, evidence=seen.evidence, logits_to_keep=1).hidden_states[0]
         queries = {k: self.model.heads["segment"].queries(hidden[0, i]) for i, k in own}
-        standing = seen.views[0].queries[0]
-        if all(float(torch.dist(q, standing[k - 1])) <= SAME_QUERY * float(standing[k - 1].norm()) for k, q in queries.items()):
-            return seen.labels, names
         return answer_labels(self.model, seen, queries), names
 
     def _answer(

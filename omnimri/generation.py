@@ -45,10 +45,10 @@ def generate(
     report = model.token_ids["<report>"]
 
     def allowed(_: int, so_far: Tensor) -> list[int]:
-        last = so_far[-len(opening) :].tolist()
-        since = len(last) - 1 - last[::-1].index(report) if report in last else len(last)
-        told = last[since + 1 :]
-        return [opening[len(told)]] if since < len(last) and told == list(opening[: len(told)]) else everything
+        for n, following in enumerate(opening):
+            if so_far[-n - 1 :].tolist() == [report, *opening[:n]]:
+                return [following]
+        return everything
 
     everything = list(range(len(tokenizer)))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

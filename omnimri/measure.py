@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .anatomy import NAMES, STRUCTURES, join
+from .anatomy import NAMES, STRUCTURES, WHITE_CLASSES, join
 from .volume import Volume
 
 MAX_INSTANCES = 250
@@ -201,8 +201,7 @@ def lesion_signals(image: Tensor, classes: Tensor, lesions: Tensor, number: int)
         lesions: (S, H, W) lesion ranks from 1; 0 elsewhere.
         number: Of lesions.
     """
-    is_white = torch.tensor([False, *(s.name.endswith("cerebral white matter") for s in STRUCTURES)])
-    white = is_white[classes.int()] & (lesions == 0)
+    white = torch.isin(classes, torch.tensor(WHITE_CLASSES, dtype=classes.dtype)) & (lesions == 0)
     if int(white.sum()) < 50:
         return ("",) * number
     level = image[white].median()

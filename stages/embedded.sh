@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About five hours of CPU time, then 23 minutes of
-# one GPU with 16 cores (or two days of two cores: leave echo out and take batch_size 4).
+# one GPU with 16 cores.
 # Usage: stages/embedded.sh LABEL_MAP_FOLDER RUN_FOLDER
 set -euo pipefail
 data=$1 runs=$2

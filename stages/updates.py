@@ -5,6 +5,7 @@ Both hand their state out as named tensors, so that checkpoints need no pickle.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .engine import FitConfig, Objective
 
 CLIP_NORM = 1.0
+MOST_OVERFLOWS = 10
+"""Steps in a row whose gradient may overflow."""
 
 
 class Updates(Protocol):
@@ -74,6 +77,7 @@ class Whole(Updates):
         self.optimizer = build_optimizer(groups, config)
         self.module, self.prepared = accelerator.prepare(objective, self.optimizer)
         self.groups = self.prepared.param_groups
+        self.overflows = 0
 
     def window(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients meet in the last micro-batch only."""
@@ -87,7 +91,13 @@ class Whole(Updates):
         """Clip, update, forget."""
         # A gradient that overflowed says nothing; every rank sees the same norm.
         if bool(torch.isfinite(self.accelerator.clip_grad_norm_(self.module.parameters(), CLIP_NORM))):
+            self.overflows = 0
             self.prepared.step()
+        else:
+            self.overflows += 1
+            warnings.warn("a gradient overflowed: its step changes nothing", stacklevel=2)
+            if self.overflows > MOST_OVERFLOWS:
+                raise FloatingPointError(f"gradients overflowed in {self.overflows} steps in a row; lower the learning rate")
         self.prepared.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:

@@ -185,15 +185,17 @@ def test_a_report_opens_with_its_plane(checkpoint, scan_file):
 
 
 def test_a_query_that_is_the_standing_one_draws_no_second_mask(checkpoint, scan_file, monkeypatch):
-    from omnimri import assistant, open_study
+    from omnimri import assistant, examination, open_study
 
     made, study, drawn = Assistant(checkpoint), open_study(scan_file), []
+    made.examine(study.primary)
     said = made.tokenizer("Outlined: the left thalamus <segment>.", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(assistant, "generate", lambda *_: said)
-    monkeypatch.setattr(assistant, "answer_labels", lambda model, seen, own: drawn.append(set(own)) or seen.labels)
+    logits = examination.structure_logits
+    monkeypatch.setattr(examination, "structure_logits", lambda *given: drawn.append(given) or logits(*given))
     made.answer(study, "Outline the left thalamus.")
     assert len(drawn) == 1, "an untrained model's own query is another"
-    monkeypatch.setattr(assistant, "SAME_QUERY", 1e9)
+    monkeypatch.setattr(examination, "SAME_QUERY", 1e9)
     assert made.answer(study, "Outline the left thalamus.").structures[0].name == "left thalamus"
     assert len(drawn) == 1
 

@@ -97,7 +97,10 @@ def test_a_gradient_that_overflowed_changes_nothing(config, tokenizer, tmp_path,
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
-    run("align", config, tokenizer, tmp_path, workers=0)
+    with pytest.warns(UserWarning, match="overflowed"):
+        run("align", config, tokenizer, tmp_path, workers=0)
+    with pytest.raises(FloatingPointError, match="in a row"), pytest.warns(UserWarning, match="overflowed"):
+        run("align", config, tokenizer, tmp_path / "long", workers=0, steps=12)
     a, b = (load_file(tmp_path / "checkpoints" / f"step-00000{k}" / "model.safetensors") for k in (2, 4))
     assert all(torch.equal(v, b[k]) for k, v in a.items() if "running" not in k and "batches" not in k)
 

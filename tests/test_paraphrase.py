@@ -83,6 +83,9 @@ def test_words_are_burnt_in_and_findings_compared():
     assert torch.equal(cleaned.voxels[~where], head.voxels[~where])
     assert float(cleaned.voxels[where].max()) < 1
     assert without_overlay(head) is head
+    saturated = head.voxels.clone()
+    saturated[:, 40:60, 40:60] = 1
+    assert without_overlay(replace(head, voxels=saturated)).voxels.equal(saturated), "anatomy, and no letters"
     assert without_overlay(replace(marked, voxels=marked.voxels[..., :1])).shape == (96, 96, 1)
     ranks = torch.zeros(8, 8, 8, dtype=torch.uint8)
     ranks[:4] = 1
