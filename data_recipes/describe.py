@@ -6,6 +6,7 @@ said that the image cannot show: what a lesion is called depends on the sequence
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,23 +134,18 @@ def level3(v: Voice, f: Facts) -> str:
 
 
 def finding(v: Voice, f: Facts, k: int) -> str:
-    """The k-th lesion with its slot and its `<segment>`."""
+    """The k-th lesion with its slots and its `<segment>`: words vary, what is told does not. What it may be is for the impression."""
     signal, place = f.signal.get("lesion", ""), f.places[k]
-    sign = f.signs[k] if f.signs[k] in signal else ""
-    look = {"brighter": "hyperintense ", "darker": "hypointense "}.get(sign, "")
-    adjective, may_be = f.look(k) if v.wide else ("", "")
-    if adjective and uniform(v.g, 0, 1) < 0.7:
-        look = f"{adjective} "
-    a = article(f"<size> {look}lesion").replace("an <size>", "a <size>")
-    maybe = ""
-    if may_be and uniform(v.g, 0, 1) < 0.6:
-        maybe = v.say((f", perhaps {may_be}", f", which may be {may_be}", f"; {may_be} is possible"))
-    return v.say((f"There is {a} in the {place} <segment>, <mm> mm in diameter and <ml> ml in volume{maybe}.",
-                  f"{upper(a)} lies in the {place} <segment>; it measures <mm> mm and <ml> ml{maybe}.",
-                  f"In the {place} there is {a} <segment> of <mm> mm and <ml> ml{maybe}."),
-                 (f"{upper(a)} in the {place} <segment>, <mm> mm, <ml> ml{maybe}.",
-                  f"The {place} holds {a} <segment> of <mm> mm and <ml> ml{maybe}.",
-                  f"{upper(a)} is seen in the {place} <segment>, <mm> mm across{maybe}."))
+    sign = {"brighter": "hyperintense", "darker": "hypointense"}.get(f.signs[k] if f.signs[k] in signal else "", "")
+    adjective = f.look(k)[0] if v.wide else ""
+    look = adjective if re.search("enhancing|restricted", adjective) else " ".join(filter(None, (sign, adjective)))
+    a = article(f"<size> {look} lesion".replace("  ", " ")).replace("an <size>", "a <size>")
+    return v.say((f"There is {a} in the {place} <segment>, <mm> mm in diameter and <ml> ml in volume.",
+                  f"{upper(a)} lies in the {place} <segment>; it measures <mm> mm and <ml> ml.",
+                  f"In the {place} there is {a} <segment> of <mm> mm and <ml> ml."),
+                 (f"{upper(a)} in the {place} <segment>, <mm> mm, <ml> ml.",
+                  f"The {place} holds {a} <segment> of <mm> mm and <ml> ml.",
+                  f"{upper(a)} is seen in the {place} <segment>, <mm> mm across, <ml> ml."))
 
 
 def level4(v: Voice, f: Facts) -> str:
@@ -270,7 +266,7 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
     kinds = {"both": 0.16, "sequence": 0.14, "plane": 0.1, "weighting": 0.1, "contrast": 0.1, "visible": 0.14, "signal": 0.08,
              "level": 0.06, "parameter": 0.06, "off": 0.06}
     if v.wide:
-        kinds |= {"limits": 0.06, "organ": 0.07, "modality": 0.06, "knowledge": 0.14, "off": 0.1}
+        kinds |= {"limits": 0.06, "organ": 0.07, "modality": 0.06, "knowledge": 0.14, "off": 0.3}
     kind = pick(v.g, tuple(kinds), tuple(kinds.values()))
     if kind == "both":
         ask = v.ask("sequence and plane")

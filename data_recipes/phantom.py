@@ -111,3 +111,7 @@ def record_volume(record: Record) -> Volume:
     middle = (torch.tensor(voxels.shape, dtype=torch.float64) - 1) / 2
     affine[:3, 3] = -(affine[:3, :3] @ middle)
     return Volume(voxels=voxels[None].float(), affine=affine, sequence=record.sequence or "unknown")
+
+    def retell(self, record: Record, g: torch.Generator) -> Record:
+        """Described once more."""
+        return describe(record, g)

@@ -28,6 +28,11 @@ class Recipe(ABC):
     def record(self, seed: int, index: int) -> Record:
         """Make one record, a pure function of (seed, index)."""
 
+    def retell(self, record: Record, g: torch.Generator) -> Record:
+        """The same study with another caption and other exchanges; a recipe without text leaves it as it is."""
+        return record
+
+
 
 def generator(seed: int, *index: int | str) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments."""

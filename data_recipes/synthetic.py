@@ -68,3 +68,7 @@ class Synthetic(Recipe):
             assert found.labels is not None
             if int((found.labels > 0).sum()) >= LEAST_BRAIN * self.image_size**2:
                 return describe(found, g, wide=True)
+
+    def retell(self, record: Record, g: torch.Generator) -> Record:
+        """Described once more."""
+        return describe(record, g, wide=True)

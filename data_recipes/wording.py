@@ -118,7 +118,7 @@ class Voice:
         if uniform(self.g, 0, 1) < SLIPS:
             words = said.split(" ")
             k = int(torch.randint(len(words), (), generator=self.g))
-            if len(words[k]) > 3 and words[k].strip(".,?!").lower() not in x.split():
+            if len(words[k]) > 3 and not any(part in words[k].lower() for part in x.lower().split()):
                 at = int(torch.randint(len(words[k]) - 2, (), generator=self.g))
                 a, b, c = words[k][:at], words[k][at : at + 2], words[k][at + 2 :]
                 words[k] = a + pick(self.g, (b[::-1], b[0], b[0] + b)) + c

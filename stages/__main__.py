@@ -15,7 +15,7 @@ from . import STAGES
 
 DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
              "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int, "num_cascades": int, "cascade_width": int,
-             "reuse": int, "text_layers": int, "stem_widths": lambda v: [int(n) for n in v.split(",")]}
+             "reuse": int, "tellings": int, "text_layers": int, "stem_widths": lambda v: [int(n) for n in v.split(",")]}
 RATE = "learning_rate."
 """`--set learning_rate.GLOB=RATE` goes before the stage's own rates; 0 freezes."""
 
@@ -193,14 +193,17 @@ def main(argv: list[str] | None = None) -> int:
 
         def source(numbers: Any) -> Any:
             recipe = build_recipe(name, args.data, model.config.image_size, settings, kspace=stage.NEEDS_KSPACE, numbers=numbers)
-            return stage.Source(Mixture({recipe: 1.0}, seed=seed, reuse=settings.get("reuse", 1)), tokenizer, model)
+            mixture = Mixture({recipe: 1.0}, seed=seed, reuse=settings.get("reuse", 1), tellings=settings.get("tellings", 1))
+            return stage.Source(mixture, tokenizer, model)
 
         values = {**stage.DEFAULTS, **{k: v for k, v in settings.items() if k in types}}
         fit_config = FitConfig(learning_rate=rates | {k: v for k, v in stage.LEARNING_RATE.items() if k not in rates}, **values)
         training, validation = source(TRAINING_MAPS), source(CHOOSING_MAPS) if name == "synthetic" else None
-        extra = {k: settings[k] for k in ("mask_share", "word_share", "image_share") if k in settings}
+        extra = {k: settings[k] for k in ("mask_share", "word_share", "image_share", "tellings") if k in settings}
         if extra and not stage.NEEDS_KSPACE:
             raise ValueError(f"stage {args.stage} has no {' or '.join(extra)}; only pretrain and instruct have")
+        if fit_config.batch_size % settings.get("tellings", 1):
+            raise ValueError(f"expected a batch_size that tellings={settings['tellings']} divides, got {fit_config.batch_size}")
         objective = stage.build(model, fit_config.steps, **extra)
         fit(
             objective,

@@ -98,6 +98,8 @@ class FitConfig:
     """Loader processes; the batches are the same for any number."""
     precision: str = "bf16"
     """bf16 (autocast) or no."""
+    attention: str = "eager"
+    """On CPUs: eager, or sdpa, whose backward pass takes longer for short texts and whose forward pass less for long ones."""
     compile: bool = False
     """Compile the objective's dense parts (torch.compile; needs a C++ compiler on CPUs)."""
     save_every: int = 200
@@ -211,8 +213,7 @@ def fit(
         if hasattr(objective, "after_init"):
             objective.after_init()
     if accelerator.device.type == "cpu":
-        # Fused attention's backward pass on CPUs takes twice the time of the plain one at these lengths.
-        objective.model.language.set_attn_implementation("eager")
+        objective.model.language.set_attn_implementation(config.attention)
     groups = parameter_groups(objective, config)
     for part in objective.dense_parts() if config.compile else ():
         part.compile(dynamic=False)

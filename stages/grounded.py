@@ -80,13 +80,15 @@ class GroundedDialogue(Objective):
     long before masks could.
     """
 
-    def __init__(self, model: OmniMRI, *, mask_share: float = 0.0, word_share: float = 0.0, image_share: float = 0.0) -> None:
+    def __init__(self, model: OmniMRI, *, mask_share: float = 0.0, word_share: float = 0.0, image_share: float = 0.0,
+                 tellings: int = 1) -> None:
         """Take a model.
 
         Args:
             mask_share: Share of the steps that train masks alone, against the table.
             word_share: Share of the steps that train words alone.
             image_share: Share of the steps that train reconstruction alone.
+            tellings: How many rows of a batch, one after another, are of one study: steps of words alone see it once.
 
         Raises:
             ValueError: no step is left for boxes.
@@ -95,6 +97,7 @@ class GroundedDialogue(Objective):
         if mask_share + word_share + image_share >= 1:
             raise ValueError(f"expected mask_share + word_share + image_share below 1, got {mask_share} + {word_share} + {image_share}")
         self.model, self.mask_share, self.word_share, self.image_share = model, mask_share, word_share, image_share
+        self.tellings = tellings
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Loss terms of this step's tasks; what takes no part gets no gradient, and the optimizer leaves it as it is."""
@@ -136,12 +139,15 @@ class GroundedDialogue(Objective):
             masks: Whether patch and pixel features learn.
         """
         model, head = self.model, self.model.heads["segment"]
+        told = 1 if masks else self.tellings
+        images, positions, plane, chosen = (batch[k][::told] for k in ("images", "positions_mm", "plane", "chosen"))
         with torch.set_grad_enabled(masks and torch.is_grad_enabled()):
-            patches = model.encode(batch["images"], batch["positions_mm"], batch["plane"])
-            pixels = model.pixels(batch["images"], patches, batch["positions_mm"])
+            patches = model.encode(images, positions, plane)
+            pixels = model.pixels(images, patches, positions)
         feature = pixels.phase(phase)
-        logits = head.logits(head.table.expand(len(batch["images"]), -1, -1), feature) if masks else None
-        return {"visual": model.look(patches, batch["chosen"]), "pixels": pixels, "feature": feature, "masks": logits}
+        logits = head.logits(head.table.expand(len(images), -1, -1), feature) if masks else None
+        visual = model.look(patches, chosen).repeat_interleave(told, 0)
+        return {"visual": visual, "pixels": pixels, "feature": feature, "masks": logits, "told": told}
 
     def outline(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any]) -> Losses:
         """Masks by the table, and the sequence by how bright the masks are that it gives."""
@@ -158,19 +164,21 @@ class GroundedDialogue(Objective):
     def speak(self, batch: dict[str, Tensor], phase: int, seen: dict[str, Any]) -> Losses:
         """Next tokens, with the evidence of the true masks; the queries at their `<segment>` go to `seen["spoken"]`."""
         model = self.model
-        cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
-        pooled = pool_evidence(seen["feature"].detach(), batch["labels"][cut], batch["lesions"][cut], batch["positions_mm"])
+        told = seen["told"]
+        cut = (slice(None, None, told), slice(None), slice(phase // 2, None, 2), slice(phase % 2, None, 2))
+        pooled = pool_evidence(seen["feature"].detach(), batch["labels"][cut], batch["lesions"][cut], batch["positions_mm"][::told])
+        pooled = pooled.repeat_interleave(told, 0)
         index = batch["evidence_places"].clamp(max=pooled.shape[1] - 1)
         picked = torch.gather(pooled, 1, index[..., None].expand(-1, -1, pooled.shape[-1]))
         evidence = model.evidence(picked, index.clamp(max=LESION_CLASS))
-        told = model(
+        out = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], visual=seen["visual"], evidence=evidence
         )
         where = torch.nonzero(batch["segment_class"])
-        queries = model.heads["segment"].queries(told.hidden_states[0][where[:, 0], where[:, 1]])
+        queries = model.heads["segment"].queries(out.hidden_states[0][where[:, 0], where[:, 1]])
         named = batch["segment_class"][where[:, 0], where[:, 1]]
         seen["spoken"] = (where[:, 0], named, queries)
-        return Report().loss(told.logits, Report().target(batch))
+        return Report().loss(out.logits, Report().target(batch))
 
     def stand(self, batch: dict[str, Tensor], seen: dict[str, Any], first: int) -> tuple[Losses, dict[str, Tensor]]:
         """The standing exchange of the first studies of a batch: every structure's query.

@@ -26,6 +26,7 @@ NEEDS_KSPACE = True
 Source = DialogueSource
 
 
-def build(model: OmniMRI, steps: int, *, mask_share: float = 0.45, word_share: float = 0.3, image_share: float = 0.1) -> Objective:
+def build(model: OmniMRI, steps: int, *, mask_share: float = 0.45, word_share: float = 0.3, image_share: float = 0.1,
+          tellings: int = 1) -> Objective:
     """The objective of this stage."""
-    return GroundedDialogue(model, mask_share=mask_share, word_share=word_share, image_share=image_share)
+    return GroundedDialogue(model, mask_share=mask_share, word_share=word_share, image_share=image_share, tellings=tellings)

@@ -23,7 +23,8 @@ LORA_RANK = 16
 Source = DialogueSource
 
 
-def build(model: OmniMRI, steps: int, *, mask_share: float = 0.15, word_share: float = 0.5, image_share: float = 0.1) -> Objective:
+def build(model: OmniMRI, steps: int, *, mask_share: float = 0.15, word_share: float = 0.5, image_share: float = 0.1,
+          tellings: int = 1) -> Objective:
     """The objective of this stage; adapters are added to the language model."""
     model.add_lora(LORA_RANK)
-    return GroundedDialogue(model, mask_share=mask_share, word_share=word_share, image_share=image_share)
+    return GroundedDialogue(model, mask_share=mask_share, word_share=word_share, image_share=image_share, tellings=tellings)

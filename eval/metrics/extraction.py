@@ -81,13 +81,16 @@ class Facts:
 @lru_cache(100_000)
 def extract(text: str) -> Facts:
     """All facts of a report. A sentence that tells more of something without naming it speaks of the finding before."""
-    parts = [extract_sentence(s) for s in sentences(text.replace("–", "-").replace("\xa0", " ").replace("×", "x"))]
+    told = sentences(text.replace("–", "-").replace("\xa0", " ").replace("×", "x"))
+    parts = [extract_sentence(s) for s in told]
     findings: list[Finding] = []
-    for part in parts:
+    for sentence, part in zip(told, parts, strict=True):
         for f in part.findings:
+            # A sentence that only names a place, "axial MRI of the brain", speaks of no finding unless it refers to one.
+            about = f if PRONOUN.match(sentence) else replace(f, location=())
             if f.type != REFERRED:
                 findings.append(f)
-            elif replace(f, seen_on=()) != Finding(REFERRED, f.negated, f.certainty) or (findings and f.seen_on):
+            elif replace(about, seen_on=()) != Finding(REFERRED, f.negated, f.certainty) or (findings and f.seen_on and not f.location):
                 before = next((x.type for x in reversed(findings) if not x.negated), "lesion")
                 findings.append(replace(f, type=before))
     return Facts(
@@ -205,7 +208,7 @@ def _structures(text: str, rest: str, begin: int, end: int, inside: dict[str, li
         inside["place"] = []
         return out
     for state in ("not visible", "normal", "visible"):
-        if state == "visible" and re.search(r"\bMRI?\b|\bstudy\b|\bexamination\b", clause):
+        if state == "visible" and re.search(r"\bMRI?\b|\bstudy\b|\bexamination\b", clause) and not re.search(r"\b(?:cover|inclu)", clause):
             continue
         cues = [m for m in matches(state, clause) if not any(f.start < begin + m.end and begin + m.start < f.end for f in findings)]
         if not cues or (state == "visible" and findings):
