@@ -135,27 +135,23 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     groups = []
     for finding in request["findings"]:
         site = hd.sr.FindingSite(anatomic_location=codes.SCT.Brain, laterality=sides.get(finding["side"]))
-        words = [
-            hd.sr.QualitativeEvaluation(
-                hd.sr.CodedConcept(value, SCHEME, meaning), hd.sr.CodedConcept(f"{value}-TEXT", SCHEME, finding[value.lower()][:64])
-            )
-            for value, meaning in (("PLACE", "Place in words"), ("COMMENT", "Comment"))
-            if finding[value.lower()]
-        ]
         numbers = (
             (finding["volume_ml"], codes.SCT.Volume, hd.sr.CodedConcept("mL", "UCUM", "milliliter")),
             (finding["diameter_mm"], codes.SCT.Diameter, codes.UCUM.Millimeter),
         )
-        groups.append(
-            hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-                tracking_identifier=hd.sr.TrackingIdentifier(uid=hd.UID(), identifier=f"finding {finding['number']}"),
-                referenced_segment=hd.sr.ReferencedSegment.from_segmentation(seg, segment_number=finding["segment"]),
-                finding_type=codes.SCT.Lesion,
-                finding_sites=[site],
-                qualitative_evaluations=words,
-                measurements=[hd.sr.Measurement(name=name, value=float(value), unit=unit) for value, name, unit in numbers],
-            )
+        group = hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+            tracking_identifier=hd.sr.TrackingIdentifier(uid=hd.UID(), identifier=f"finding {finding['number']}"),
+            referenced_segment=hd.sr.ReferencedSegment.from_segmentation(seg, segment_number=finding["segment"]),
+            finding_type=codes.SCT.Lesion,
+            finding_sites=[site],
+            measurements=[hd.sr.Measurement(name=name, value=float(value), unit=unit) for value, name, unit in numbers],
         )
+        # Free text is text: the template may be extended by it, and no code is made up for a person's words.
+        names = {"place": hd.sr.CodedConcept("PLACE", SCHEME, "Place in words"), "comment": codes.DCM.Comment}
+        group[0].ContentSequence.extend(
+            hd.sr.TextContentItem(name, finding[key], hd.sr.RelationshipTypeValues.CONTAINS) for key, name in names.items() if finding[key]
+        )
+        groups.append(group)
     report = hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(observer_device_context=device),
         procedure_reported=codes.LN.BrainMRI,

@@ -15,19 +15,23 @@ from torch import Tensor
 
 from .espirit import espirit
 from .model.omnimri import OmniMRI
-from .physics import fit_coils, ifft2c
+from .physics import fit_coils, ifft2c, sampled
 from .tasks import Reconstruct
 from .tasks.reconstruct import Reconstructed
 from .volume import KSpace, Volume
 
 CHUNK = 4
 """Slices reconstructed at a time."""
-EDGE = 1 / 16
-"""Share of the readout at either end whose samples tell the noise where none was measured: they hold least signal."""
+EDGE, FAR = 1 / 16, 1 / 4
+"""Share of the readout at either end, and of the lines from the middle on, beyond which samples tell the noise where none was
+measured: the corners of k-space hold least signal."""
 _ASKED = re.compile(r"\breconstruct(ing)?\b", re.IGNORECASE)
 _POLITE = re.compile(r"(please|thanks|thank you|if possible)", re.IGNORECASE)
 DISAGREEMENT = 1.25
 """From this residual on, against the noise, a slice is warned of."""
+ROUNDS, DARK = 8, 0.05
+"""Most steps that bring an image to its data, and the share of the brightest pixel below which a pixel moves less than half as far: no
+noise is brought into air."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +89,53 @@ def asks_to_reconstruct(question: str) -> tuple[bool, str]:
 
 
 def noise_of(data: Tensor) -> float:
-    """Standard deviation of a sample's noise in k-space (S, c, H, W), by the median of what lies at the ends of the readout."""
-    rows = max(1, round(EDGE * data.shape[2]))
-    ends = torch.cat([data[:, :, :rows], data[:, :, -rows:]], 2).abs().flatten()
-    ends = ends[ends > 0]
-    if not len(ends):  # the ends were not acquired
-        ends = data.abs().flatten()
-        ends = ends[ends > 0]
+    """Standard deviation of a sample's noise in k-space (S, c, H, W), by the median of what lies in its corners."""
+    rows, width = max(1, round(EDGE * data.shape[2])), data.shape[3]
+    far = (torch.arange(width) - width // 2).abs() >= FAR * width
+    ends = torch.cat([data[:, :, :rows], data[:, :, -rows:]], 2)
+    for seen in (ends[..., far], ends, data):  # the corners, or even the ends, were not acquired
+        size = seen.abs().flatten()
+        size = size[size > 0]
+        if len(size):
+            break
     # The magnitude of complex Gaussian noise has its median at sqrt(ln 2) of the root mean square.
-    return float(ends.median()) / 0.8326
+    return float(size.median()) / 0.8326
 
 
-def residual_of(found: Reconstructed, data: Tensor, mask: Tensor) -> Tensor:
-    """(S,) root mean square of what images leave unexplained of the samples (S, c, H, W), with sensitivities fitted to them."""
-    keep = mask.to(data.real.dtype)
-    _, off = fit_coils(found.image, found.coils, ifft2c(data), keep)
+def explain(found: Reconstructed, data: Tensor, mask: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Images (S, H, W) that leave no more of the samples (S, c, H, W) unexplained than noise does, where that can be had.
+
+    Sensitivities are fitted to the images. What is off by more than the noise, and by less than a disagreement, moves along the data's
+    pull, weighted by its own brightness, just until it reaches the noise (Morozov's discrepancy principle): signal that the network
+    smoothed away comes back, noise in air does not.
+
+    Args:
+        level: Standard deviation of a sample's noise.
+
+    Returns:
+        The images, and (S,) the root mean square of what they leave, over the noise.
+    """
+    keep, image = mask.to(data.real.dtype), found.image
+    coils, off = fit_coils(image, found.coils, ifft2c(data), keep)
     there = (data != 0).flatten(2).any(2)
-    samples = keep.expand(-1, data.shape[2], -1).sum((1, 2)) * there.sum(1)
-    return ((off.abs().square().sum((2, 3)) * there).sum(1) / samples.clamp(min=1)).sqrt()
+    samples = (keep.expand(-1, data.shape[2], -1).sum((1, 2)) * there.sum(1)).clamp(min=1)
+    energy = lambda x: (x.square().sum((2, 3)) * there).sum(1)  # noqa: E731
+    left = (energy(off.abs()) / samples).sqrt() / level
+    partial = ~mask.flatten(1).all(1)
+    for _ in range(ROUNDS):
+        moves = partial & (left > 1) & (left < DISAGREEMENT)
+        if not bool(moves.any()):
+            break
+        size = image.abs()
+        pull = (coils.conj() * off).sum(1) * size / (size + DARK * size.flatten(1).amax(1)[:, None, None] + 1e-30)
+        seen = sampled(pull[:, None] * coils, keep)
+        # The residual along the pull is a parabola; go to where it meets the noise, or to its lowest point.
+        a, b = energy(seen.abs()).clamp(min=1e-30), ((off.conj() * seen).real.sum((2, 3)) * there).sum(1)
+        c = energy(off.abs()) - samples * (0.999 * level) ** 2
+        step = torch.where(moves, (b - (b * b - a * c).clamp(min=0).sqrt()) / a, 0.0)
+        image, off = image + step[:, None, None] * pull, off - step[:, None, None, None] * seen
+        left = (energy(off.abs()) / samples).sqrt() / level
+    return image, left
 
 
 @torch.inference_mode()
@@ -141,8 +174,9 @@ def reconstruct(
             if given is None and coils == "espirit":
                 given = torch.stack([espirit(d, m)[0] for d, m in zip(data, mask, strict=True)])
             found = model.heads["reconstruct"](data, mask, given)
-            residuals += (residual_of(found, data, mask) / level).tolist()
-            parts = [found.image.abs(), found.spread, found.zero_filled.abs()]
+            image, left = explain(found, data, mask, level)
+            residuals += left.tolist()
+            parts = [image.abs(), found.spread, found.zero_filled.abs()]
             parts = [_shown(p.transpose(1, 2) if lines else p, kspace.crop).cpu() for p in parts]
             for store, part in zip((images, spreads, simple), parts, strict=True):
                 store.append(part)

@@ -157,7 +157,8 @@ def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_pa
     assert values["Volume"] == pytest.approx(item.volume_ml)
     assert values["Diameter"] == pytest.approx(item.diameter_mm)
     assert groups[0].reference_type is not None
-    words = {e.name.meaning: e.value.meaning for e in groups[0].get_qualitative_evaluations()}
+    texts = (hd.sr.ValueTypeValues.TEXT, hd.sr.RelationshipTypeValues.CONTAINS)
+    words = {e.name.meaning: e.value for e in groups[0][0].ContentSequence if (e.value_type, e.relationship_type) == texts}
     assert words == {"Place in words": "left frontal lobe", "Comment": "seen before"}
     if shutil.which("dciodvfy"):
         for path in found.values():
