@@ -72,6 +72,10 @@ class Phantom(Recipe):
                             kspace_size=self.kspace_size, device=self.device)
         return describe(found, g)
 
+    def retell(self, record: Record, g: torch.Generator) -> Record:
+        """Described once more."""
+        return describe(record, g)
+
 
 def head_codes(points: Tensor, jitter: Tensor) -> Tensor:
     """(..., 3) mm -> (...) uint8 tissue codes. The head is asymmetric: the right frontal pole bulges."""
@@ -111,7 +115,3 @@ def record_volume(record: Record) -> Volume:
     middle = (torch.tensor(voxels.shape, dtype=torch.float64) - 1) / 2
     affine[:3, 3] = -(affine[:3, :3] @ middle)
     return Volume(voxels=voxels[None].float(), affine=affine, sequence=record.sequence or "unknown")
-
-    def retell(self, record: Record, g: torch.Generator) -> Record:
-        """Described once more."""
-        return describe(record, g)

@@ -243,6 +243,25 @@ def test_batches_are_a_pure_function_of_the_step(config, tokenizer):
     assert not torch.equal(*ranks)
 
 
+def test_words_of_studies_told_several_times_are_learnt_as_ever(config, tokenizer):
+    """A study is looked at once for its tellings, and the terms are those of looking at it for each."""
+    stage, model = importlib.import_module(STAGES["pretrain"]), OmniMRI(copy.deepcopy(config))
+    source = stage.Source(Mixture({Phantom(image_size=64, num_slices=3): 1.0}, seed=1, tellings=2), tokenizer, model)
+    batch = batch_at(source, FitConfig(steps=1, learning_rate={}, batch_size=4), 0)
+    assert torch.equal(batch["images"][0], batch["images"][1])
+    assert not torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    looks, found = [], []
+    model.vision.register_forward_hook(lambda *a: looks.append(len(a[1][0])))
+    for tellings in (1, 2):
+        torch.manual_seed(0)
+        found.append(stage.build(model, 1, mask_share=0.0, word_share=0.999, image_share=0.0, tellings=tellings)(batch))
+    assert looks[0] == 2 * looks[1]
+    assert found[0].keys() == found[1].keys() >= {"text", "match", "sequence"}
+    for name, term in found[0].items():
+        assert torch.allclose(term.sum, found[1][name].sum, rtol=1e-4), name
+        assert torch.equal(term.count, found[1][name].count)
+
+
 def test_another_optimizers_state_is_refused(config, tokenizer, tmp_path):
     run("align", config, tokenizer, tmp_path, workers=0, steps=2)
     with pytest.raises(ValueError, match="goes on only so"):
@@ -254,5 +273,7 @@ def test_bad_settings_are_told(tmp_path, capsys):
     assert "expected KEY=VALUE" in capsys.readouterr().err
     assert main(["align", "--out", str(tmp_path / "x"), "--init", str(tmp_path / "none")]) == 2
     assert "found none" in capsys.readouterr().err
+    assert main(["pretrain", "--out", str(tmp_path / "x"), "--set", "tellings=3", "--set", "batch_size=4"]) == 2
+    assert "tellings=3 divides" in capsys.readouterr().err
     assert main(["align", "--preset", "huge", "--out", str(tmp_path / "x")]) == 2
     assert "unknown preset" in capsys.readouterr().err

@@ -46,6 +46,11 @@ def test_facts_of_a_sentence():
     again = extract("There is a mass in the right pons. It measures 14 mm.")
     assert [f.type for f in again.findings] == ["mass", "mass"]
     assert again.findings[1].size_mm == (14.0,)
+    # What a study covers is anatomy in any words; the technique is no finding of the brain.
+    shown = ("The study covers the thalami.", "Seen are the thalami.", "The thalami are shown.", "Included are the thalami.")
+    assert {extract(s).structures for s in shown} == {extract(shown[0]).structures}
+    assert [(s.name, s.state) for s in extract(shown[0]).structures] == [("thalamus", "visible")]
+    assert not any(extract(s).findings for s in (*shown, "Axial T1-weighted brain MRI.", "A FLAIR MRI of the brain in axial slices."))
     assert extract("") == extract("   ")
     assert extract("Left " + "-" * 300 + " x frontal lobe lesion.").findings  # a line of hyphens takes no time
 

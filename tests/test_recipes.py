@@ -107,6 +107,22 @@ def test_a_record_is_shown_again_and_varied(phantom):
         Mixture({phantom: 1.0}, seed=0, reuse=0)
 
 
+def test_a_study_is_told_more_than_once(phantom):
+    told = Mixture({phantom: 1.0}, seed=3, reuse=2, tellings=3)
+    first, second, other = (told.record(i) for i in (3, 4, 6))
+    plain = Mixture({phantom: 1.0}, seed=3).record(1)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.images, plain.images)
+    assert len({r.conversations for r in (first, second, plain)}) == 3
+    assert not torch.equal(first.images, other.images)
+    assert same(second, Mixture({phantom: 1.0}, seed=3, reuse=2, tellings=3).record(4)), "what was kept before changes nothing"
+    again = told.record(3 * (WINDOW + 1))
+    assert not torch.equal(again.images, first.images), "shown once more, varied"
+    assert again.lesion_places == first.lesion_places
+    with pytest.raises(ValueError, match="at least once"):
+        Mixture({phantom: 1.0}, seed=0, tellings=0)
+
+
 def test_a_varied_mask_lies_on_its_image(phantom):
     for i in range(8):
         record = phantom.record(1, i)
