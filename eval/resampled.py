@@ -50,6 +50,15 @@ def averaged(volume: Volume, spacing_mm: Sequence[float]) -> tuple[Volume, Any]:
     return replace(volume, voxels=voxels, affine=affine), lambda labels: labels[index[0]][:, index[1]][:, :, index[2]]
 
 
+def commonest(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The label that covers most of each of `size` larger voxels, which are those of `averaged`."""
+    share, found = torch.zeros(list(size)), torch.zeros(list(size), dtype=torch.long)
+    for label in np.unique(labels):
+        here = F.adaptive_avg_pool3d(torch.from_numpy(labels == label)[None].float(), list(size))[0]
+        found, share = torch.where(here > share, int(label), found), torch.maximum(here, share)
+    return found.numpy()
+
+
 def mirrored(volume: Volume) -> tuple[Volume, Any]:
     """A person with left and right exchanged: the array is reversed along the axis nearest to x, the affine stays."""
     axis = int(volume.affine[0, :3].abs().argmax())
@@ -83,6 +92,8 @@ def measure(assistant: Assistant, scans: Sequence[Path]) -> dict[str, Any]:
             assistant.forget()
             print(case.name, name, round(found[case.name][name]["mean"], 3), flush=True)
             if name in COARSE_MM:
+                each = structures_dice(labels, commonest(truth.labels, labels.shape))
+                found[case.name][f"{name}, in these voxels"] = {"mean": float(np.mean(list(each.values()))), **each}
                 # The truth itself, read at the middle of every coarse voxel: what no model could be better than by much.
                 there, _ = averaged(replace(volume, voxels=torch.from_numpy(truth.labels)[None].float()), COARSE_MM[name])
                 middle = [((torch.arange(k) + 0.5) * n / k).long() for n, k in zip(volume.shape, there.shape, strict=True)]
@@ -94,9 +105,11 @@ def measure(assistant: Assistant, scans: Sequence[Path]) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """A table a scan."""
-    told = f"{NOTICE} Dice on the scan's own voxels; coarse masks are brought back by the nearest voxel."
+    told = (f"{NOTICE} Dice on the scan's own voxels, to which coarse masks are brought back by the nearest voxel; and in the coarse "
+            "voxels, of which the truth is the label that covers most of each.")
     lines = ["# The same scan, stored otherwise", "", told, ""]
     for case, ways in found.items():
         lines += [f"## {case}", "", row("structure", *ways), row(*["---"] * (1 + len(ways)))]
-        lines += [row(name, *(f"{way[name]:.3f}" for way in ways.values())) for name in next(iter(ways.values()))]
+        for name in next(iter(ways.values())):
+            lines.append(row(name, *(f"{way[name]:.3f}" if name in way else "" for way in ways.values())))
     return "\n".join([*lines, ""])
