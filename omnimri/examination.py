@@ -297,22 +297,21 @@ def _look(
 
 def named_sequence(model: OmniMRI, profile: Tensor) -> str:
     """The sequence that may be named from the image, or `other`: by its threshold of the release, never without one."""
-    sequence, share = infer_sequence(model, profile)
-    threshold = getattr(model.config, "sequence_thresholds", {}).get(sequence)
-    return sequence if threshold is not None and share >= threshold else "other"
+    limits = getattr(model.config, "sequence_thresholds", {})
+    return next((s for s, share in likely_sequences(model, profile) if share >= limits.get(s, 2.0)), "other")
 
 
-def infer_sequence(model: OmniMRI, profile: Tensor) -> tuple[str, float]:
-    """The likeliest sequence by how bright masks are (`measure.signal_profile`), and its probability.
+def likely_sequences(model: OmniMRI, profile: Tensor) -> list[tuple[str, float]]:
+    """The likeliest sequence by how bright masks are (`measure.signal_profile`) with its probability, then what may be said in its stead.
 
     With or without contrast agent it is T1-weighted; that agent was given is said only where it is likelier than not, with its own
-    probability.
+    probability, and T1-weighted in its stead.
     """
     share = dict(zip(SEQUENCES, model.heads["sequence"](profile[None])[0].float().softmax(0).tolist(), strict=True))
     enhanced = share.pop("T1w-Gd")
     plain, share["T1w"] = share["T1w"], share["T1w"] + enhanced
     best = max(share, key=lambda s: share[s])
-    return ("T1w-Gd", enhanced) if best == "T1w" and enhanced > plain else (best, share[best])
+    return [("T1w-Gd", enhanced)] * (best == "T1w" and enhanced > plain) + [(best, share[best])]
 
 
 def _query_states(

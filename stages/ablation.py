@@ -20,7 +20,7 @@ from data_recipes import Phantom
 from data_recipes.describe import facts_of
 from omnimri.checkpoint import load_model
 from omnimri.conversation import Message
-from omnimri.examination import infer_sequence
+from omnimri.examination import likely_sequences
 from omnimri.example import Record, prepare
 
 from .__main__ import main as run_stage
@@ -98,7 +98,7 @@ def reply(model, tokenizer, record, ask):
     """The greedy answer to a request; what the card tells of the sequence, and the evidence, come from the model's own look."""
     sizes = {"max_slices": model.config.max_slices, "tokens_per_slice": model.config.tokens_per_slice}
     look = see(model, tokenizer, record)
-    sequence, _ = infer_sequence(model, look.profile())
+    sequence = likely_sequences(model, look.profile())[0][0]
     told = replace(record, sequence=sequence, lesion_places=(), signal=look.signal)
     ids = prepare(told, [Message("user", ask)], tokenizer, answer_prefix="", **sizes).input_ids[None]
     out = model.generate(
@@ -130,7 +130,7 @@ def tasks_chosen(folder: Path, records: Sequence[Record]) -> tuple[int, int]:
 def sequences_named(folder: Path, records: Sequence[Record]) -> float:
     """Share of the studies whose sequence is read off the image."""
     model, tokenizer, _ = load_model(folder)
-    named = [infer_sequence(model, see(model, tokenizer, r).profile())[0].removesuffix("-Gd") for r in records]
+    named = [likely_sequences(model, see(model, tokenizer, r).profile())[0][0].removesuffix("-Gd") for r in records]
     return sum(said == r.sequence.removesuffix("-Gd") for said, r in zip(named, records, strict=True) if r.sequence) / len(records)
 
 

@@ -22,7 +22,7 @@ from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
 from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, publish, resolve, save_model
 from omnimri.conversation import card, query_messages, render
-from omnimri.examination import LESION_EDGE, doubt, infer_sequence
+from omnimri.examination import LESION_EDGE, doubt, likely_sequences
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence
 from omnimri.measure import rank_components, signal_profile, signal_words
@@ -94,9 +94,12 @@ def sequence_thresholds(model: Any, records: list[Record], looks: list[Seen]) ->
     and what was measured for it.
     """
     told: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+    likeliest = 0
     for record, look in zip(records, looks, strict=True):
-        said, share = infer_sequence(model, look.profile())
-        told[said].append((share, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
+        likely = likely_sequences(model, look.profile())
+        for said, share in likely:
+            told[said].append((share, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
+        likeliest += told[likely[0][0]][-1][1]
     found = {}
     for sequence, named in told.items():
         named.sort(reverse=True)
@@ -105,8 +108,7 @@ def sequence_thresholds(model: Any, records: list[Record], looks: list[Seen]) ->
             # Studies of equal probability stand or fall together.
             if right >= LEAST_PRECISION * k and (k == len(named) or named[k][0] < named[k - 1][0]) and sequence != "other":
                 found[sequence] = {"threshold": named[k - 1][0], "named": k, "right": right}
-    right = sum(ok for named in told.values() for _, ok in named)
-    return {"thresholds": found, "studies": len(records), "right_without_threshold": right}
+    return {"thresholds": found, "studies": len(records), "right_without_threshold": likeliest}
 
 
 @torch.inference_mode()

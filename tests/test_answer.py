@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from omnimri.anatomy import SEQUENCES
 from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_plane, ground_sequence, lesion_measures
 from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
-from omnimri.examination import Lesion
+from omnimri.examination import Lesion, named_sequence
 from omnimri.measure import Measured
 from omnimri.tokens import digit_ids
 from omnimri.volume import Volume
@@ -214,12 +215,23 @@ def test_what_is_known_in_general_is_said_word_for_word(checkpoint, scan_file, m
     assert len(GENERAL) == len(KNOWLEDGE)
 
 
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [({"T1w": 0.8, "T1w-Gd": 0.5}, "T1w-Gd"), ({"T1w": 0.8, "T1w-Gd": 0.9}, "T1w"), ({"T1w": 0.8}, "T1w"), ({"T1w": 0.99}, "other")],
+)
+def test_t1_weighted_is_said_where_contrast_agent_cannot_be(limits, told):
+    share = dict.fromkeys(SEQUENCES, 0.01) | {"T1w-Gd": 0.6, "T1w": 0.3}
+    heads = {"sequence": lambda _: torch.tensor([[share[s] for s in SEQUENCES]]).log()}
+    model = SimpleNamespace(heads=heads, config=SimpleNamespace(sequence_thresholds=limits))
+    assert named_sequence(model, torch.zeros(1)) == told
+
+
 def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch):
     from omnimri import Assistant, examination, open_study
 
     made = Assistant(checkpoint)
     made.model.config.sequence_thresholds = {"T2w": 0.9}
-    monkeypatch.setattr(examination, "infer_sequence", lambda *_: ("T2w", 1.0))
+    monkeypatch.setattr(examination, "likely_sequences", lambda *_: [("T2w", 1.0)])
     monkeypatch.setattr(examination, "signal_words", lambda *_: ("grey matter: darker",))
     for score, told in ((0.5, "T2w"), (2.0, "other")):
         monkeypatch.setattr(examination, "scope_score", lambda *_, score=score: score)
