@@ -163,6 +163,7 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
         evidence=[*series, seg],
         content=report,
         **_object_of(901),
+        specific_character_set="ISO_IR 192",  # a person's words may hold any character
         is_complete=True,
         is_final=False,
         is_verified=False,

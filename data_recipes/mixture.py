@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 from omnimri.example import Record
 
@@ -35,6 +36,7 @@ class Mixture:
         self.recipes, self.weights, self.seed, self.reuse = tuple(recipes), tuple(recipes.values()), seed, reuse
         self.tellings = tellings
         self._kept: OrderedDict[int, Record] = OrderedDict()
+        self._last: tuple[int | None, Any] = None, None
 
     def record(self, index: int) -> Record:
         """Record `index`; negative indices never collide with positive ones and serve validation."""
@@ -50,13 +52,16 @@ class Mixture:
 
     def _shown(self, study: int) -> Record:
         """A study as it is shown at its place: varied where it has been shown before."""
+        if study == self._last[0]:
+            return self._last[1]
         source = self._source(study)
         if source not in self._kept:
             self._kept[source] = self._recipe(source).record(self.seed, source)
-            while len(self._kept) > WINDOW:
+            while len(self._kept) > (WINDOW if self.reuse > 1 else 1):
                 self._kept.popitem(last=False)
         again = study % (WINDOW * self.reuse) >= WINDOW
-        return vary(self._kept[source], generator(self.seed, "look", study)) if again else self._kept[source]
+        self._last = study, vary(self._kept[source], generator(self.seed, "look", study)) if again else self._kept[source]
+        return self._last[1]
 
     def _recipe(self, source: int) -> Recipe:
         return pick(generator(self.seed, "mixture", source), self.recipes, self.weights)

@@ -69,10 +69,10 @@ def mirrored(volume: Volume) -> tuple[Volume, Any]:
     return replace(volume, voxels=volume.voxels.flip(1 + axis)), lambda labels: table[labels.flip(axis).long()].to(labels.dtype)
 
 
-def structures_dice(labels: Tensor, truth: np.ndarray) -> dict[str, float]:
+def structures_dice(labels: Tensor, truth: np.ndarray, least: int = LEAST_VOXELS) -> dict[str, float]:
     """Dice of every structure that the truth holds."""
     said = labels.numpy()
-    return {s.name: dice(said == s.label, truth == s.label) for s in STRUCTURES if int((truth == s.label).sum()) >= LEAST_VOXELS}
+    return {s.name: dice(said == s.label, truth == s.label) for s in STRUCTURES if int((truth == s.label).sum()) >= least}
 
 
 def measure(assistant: Assistant, scans: Sequence[Path]) -> dict[str, Any]:
@@ -92,7 +92,9 @@ def measure(assistant: Assistant, scans: Sequence[Path]) -> dict[str, Any]:
             assistant.forget()
             print(case.name, name, round(found[case.name][name]["mean"], 3), flush=True)
             if name in COARSE_MM:
-                each = structures_dice(labels, commonest(truth.labels, labels.shape))
+                names = structures_dice(back(labels), truth.labels)  # the same structures, however few coarse voxels they have
+                own = structures_dice(labels, commonest(truth.labels, labels.shape), least=1)
+                each = {k: v for k, v in own.items() if k in names}
                 found[case.name][f"{name}, in these voxels"] = {"mean": float(np.mean(list(each.values()))), **each}
                 # The truth itself, read at the middle of every coarse voxel: what no model could be better than by much.
                 there, _ = averaged(replace(volume, voxels=torch.from_numpy(truth.labels)[None].float()), COARSE_MM[name])

@@ -171,7 +171,7 @@ def fit_coils(image: Tensor, coils: Tensor, seen: Tensor, mask: Tensor, *, itera
         The sensitivities, and what they leave unexplained of `seen`.
     """
     energy = torch.nn.functional.adaptive_avg_pool2d(image.abs().square()[:, None], grid)
-    energy = energy + 1e-3 * image.abs().square().flatten(1).amax(1).view(-1, 1, 1, 1)
+    energy = (energy + 1e-3 * image.abs().square().flatten(1).amax(1).view(-1, 1, 1, 1)).clamp(min=1e-30)
     for _ in range(iterations):
         pull = image.conj()[:, None] * (seen - sampled(image[:, None] * coils, mask))
         parts = [torch.nn.functional.adaptive_avg_pool2d(p, grid) for p in (pull.real, pull.imag)]

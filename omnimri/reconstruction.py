@@ -29,7 +29,7 @@ _ASKED = re.compile(r"\breconstruct(ing)?\b", re.IGNORECASE)
 _POLITE = re.compile(r"(please|thanks|thank you|if possible)", re.IGNORECASE)
 DISAGREEMENT = 1.25
 """From this residual on, against the noise, a slice is warned of."""
-ROUNDS, DARK = 8, 0.05
+ROUNDS, DARK = 12, 0.05
 """Most steps that bring an image to its data, and the share of the brightest pixel below which a pixel moves less than half as far: no
 noise is brought into air."""
 
@@ -41,11 +41,13 @@ class Reconstruction:
     image: Volume
     """Magnitude."""
     spread: Volume
-    """Expected absolute error of the magnitude, in its unit."""
+    """Expected absolute error of the network's magnitude, in its unit: what then moved toward the data is less off, if anything."""
     zero_filled: Volume
     """What the samples give without any model."""
     residuals: tuple[float, ...]
     """Of each slice: root mean square of measured minus predicted samples, over the noise, with sensitivities fitted to the image."""
+    network_residuals: tuple[float, ...]
+    """The same of what the network gave, before it was brought to the data (`explain`)."""
     noise: float
     """Standard deviation of a sample's noise, in the unit of the data after they were made equal between coils."""
     noise_source: str
@@ -65,6 +67,7 @@ class Reconstruction:
             "noise": float(f"{self.noise:.4g}"),
             "noise_source": self.noise_source,
             "residual_over_noise": [round(r, 3) for r in self.residuals],
+            "network_residual_over_noise": [round(r, 3) for r in self.network_residuals],
             "warnings": list(self.warnings),
         }
 
@@ -88,21 +91,25 @@ def asks_to_reconstruct(question: str) -> tuple[bool, str]:
     return asked, " and ".join(rest).capitalize() if asked else question
 
 
-def noise_of(data: Tensor) -> float:
-    """Standard deviation of a sample's noise in k-space (S, c, H, W), by the median of what lies in its corners."""
+def noise_of(data: Tensor) -> Tensor:
+    """(S,) standard deviation of a sample's noise in k-space (S, c, H, W): the median of what lies in a coil's corners, as the root mean
+    square over the coils that have any; 0 for a slice without data.
+    """
     rows, width = max(1, round(EDGE * data.shape[2])), data.shape[3]
     far = (torch.arange(width) - width // 2).abs() >= FAR * width
     ends = torch.cat([data[:, :, :rows], data[:, :, -rows:]], 2)
-    for seen in (ends[..., far], ends, data):  # the corners, or even the ends, were not acquired
-        size = seen.abs().flatten()
-        size = size[size > 0]
-        if len(size):
-            break
-    # The magnitude of complex Gaussian noise has its median at sqrt(ln 2) of the root mean square.
-    return float(size.median()) / 0.8326
+    levels = torch.zeros(len(data))
+    for k in range(len(data)):
+        for seen in (ends[k][..., far], ends[k], data[k]):  # the corners, or even the ends, were not acquired
+            medians = [float(size[size > 0].median()) for size in seen.abs() if bool((size > 0).any())]
+            if medians:
+                # The magnitude of complex Gaussian noise has its median at sqrt(ln 2) of the root mean square.
+                levels[k] = torch.tensor(medians).square().mean().sqrt() / 0.8326
+                break
+    return levels
 
 
-def explain(found: Reconstructed, data: Tensor, mask: Tensor, level: float) -> tuple[Tensor, Tensor]:
+def explain(found: Reconstructed, data: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images (S, H, W) that leave no more of the samples (S, c, H, W) unexplained than noise does, where that can be had.
 
     Sensitivities are fitted to the images. What is off by more than the noise, and by less than a disagreement, moves along the data's
@@ -110,17 +117,18 @@ def explain(found: Reconstructed, data: Tensor, mask: Tensor, level: float) -> t
     smoothed away comes back, noise in air does not.
 
     Args:
-        level: Standard deviation of a sample's noise.
+        level: (S,) standard deviation of a sample's noise.
 
     Returns:
-        The images, and (S,) the root mean square of what they leave, over the noise.
+        The images, and (S,) the root mean square of what they leave, over the noise, before and after.
     """
     keep, image = mask.to(data.real.dtype), found.image
     coils, off = fit_coils(image, found.coils, ifft2c(data), keep)
-    there = (data != 0).flatten(2).any(2)
+    there, level = (data != 0).flatten(2).any(2), level.clamp(min=1e-30)
     samples = (keep.expand(-1, data.shape[2], -1).sum((1, 2)) * there.sum(1)).clamp(min=1)
-    energy = lambda x: (x.square().sum((2, 3)) * there).sum(1)  # noqa: E731
-    left = (energy(off.abs()) / samples).sqrt() / level
+    off = off * there[:, :, None, None]  # a coil without data pulls nowhere
+    energy = lambda x: x.abs().square().sum((1, 2, 3))  # noqa: E731
+    before = left = (energy(off) / samples).sqrt() / level
     partial = ~mask.flatten(1).all(1)
     for _ in range(ROUNDS):
         moves = partial & (left > 1) & (left < DISAGREEMENT)
@@ -128,14 +136,14 @@ def explain(found: Reconstructed, data: Tensor, mask: Tensor, level: float) -> t
             break
         size = image.abs()
         pull = (coils.conj() * off).sum(1) * size / (size + DARK * size.flatten(1).amax(1)[:, None, None] + 1e-30)
-        seen = sampled(pull[:, None] * coils, keep)
+        seen = sampled(pull[:, None] * coils, keep) * there[:, :, None, None]
         # The residual along the pull is a parabola; go to where it meets the noise, or to its lowest point.
-        a, b = energy(seen.abs()).clamp(min=1e-30), ((off.conj() * seen).real.sum((2, 3)) * there).sum(1)
-        c = energy(off.abs()) - samples * (0.999 * level) ** 2
+        a, b = energy(seen).clamp(min=1e-30), (off.conj() * seen).real.sum((1, 2, 3))
+        c = energy(off) - samples * (0.999 * level) ** 2
         step = torch.where(moves, (b - (b * b - a * c).clamp(min=0).sqrt()) / a, 0.0)
         image, off = image + step[:, None, None] * pull, off - step[:, None, None, None] * seen
-        left = (energy(off.abs()) / samples).sqrt() / level
-    return image, left
+        left = (energy(off) / samples).sqrt() / level
+    return image, before, left
 
 
 @torch.inference_mode()
@@ -157,9 +165,9 @@ def reconstruct(
     images: list[Tensor] = []
     spreads: list[Tensor] = []
     simple: list[Tensor] = []
-    residuals, levels, shares = [], [], []
+    residuals, before, levels, shares = [], [], [], []
     for slab in kspace.slabs():
-        level = slab.noise or noise_of(slab.data)
+        level = torch.full((len(slab.data),), float(slab.noise)) if slab.noise else noise_of(slab.data)
         shares.append(float(slab.mask.expand(slab.data.shape[2:]).float().mean()))
         lines = bool((slab.mask == slab.mask[:, :1]).all()) and not bool(slab.mask.all())  # whole rows: the network knows columns
         for first in range(0, len(slab.data), CHUNK):
@@ -174,13 +182,14 @@ def reconstruct(
             if given is None and coils == "espirit":
                 given = torch.stack([espirit(d, m)[0] for d, m in zip(data, mask, strict=True)])
             found = model.heads["reconstruct"](data, mask, given)
-            image, left = explain(found, data, mask, level)
+            image, network, left = explain(found, data, mask, level[first : first + CHUNK].to(device))
             residuals += left.tolist()
+            before += network.tolist()
             parts = [image.abs(), found.spread, found.zero_filled.abs()]
             parts = [_shown(p.transpose(1, 2) if lines else p, kspace.crop).cpu() for p in parts]
             for store, part in zip((images, spreads, simple), parts, strict=True):
                 store.append(part)
-        levels.append(level)
+        levels += level.tolist()
 
     def volume(parts: Sequence[Tensor], name: str) -> Volume:
         return Volume(Reconstruct().read(torch.cat(list(parts)))[None], kspace.affine, oriented=kspace.oriented, name=name)
@@ -190,7 +199,8 @@ def reconstruct(
         spread=volume(spreads, "uncertainty"),
         zero_filled=volume(simple, "zero-filled"),
         residuals=tuple(residuals),
-        noise=sum(levels) / len(levels),
+        network_residuals=tuple(before),
+        noise=sum(levels) / max(1, sum(x > 0 for x in levels)),
         noise_source="measured" if kspace.noise else "estimated",
         sampled=sum(shares) / len(shares),
         coils=kspace.data.shape[1],

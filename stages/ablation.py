@@ -1,4 +1,4 @@
-"""The four stages on the phantom in minutes, and each left out in turn: what does it bring?
+"""The four stages on the phantom in minutes; each of them, and reconstruction, left out in turn: what does it bring, or cost?
 
 `python -m stages.ablation --out DIR [--seeds 2]` trains, measures on held-out phantoms and writes `results.json` and `results.md`.
 """
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,13 +45,13 @@ ASKS = {
         "Run the reconstruction please.", "Turn the raw data into an image."),
 }
 
-ARMS = {
-    "all four stages": ("vision", "align", "pretrain", "instruct"),
-    "without vision": ("align", "pretrain", "instruct"),
-    "without align": ("vision", "pretrain", "instruct"),
-    "without pretrain": ("vision", "align", "instruct"),
-    "without instruct": ("vision", "align", "pretrain"),
+STAGES = ("vision", "align", "pretrain", "instruct")
+ARMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "nothing": (STAGES, {}),
+    "reconstruction": (STAGES, {"kspace_size": 0}),
+    **{name: (tuple(s for s in STAGES if s != name), {}) for name in STAGES},
 }
+"""What is left out -> the stages that remain, and the settings of stages 3 and 4."""
 
 
 def train(name: str, out: Path, *, seed: int, init: Path | None = None, **settings: Any) -> Path:
@@ -131,7 +132,8 @@ def sequences_named(folder: Path, records: Sequence[Record]) -> float:
     """Share of the studies whose sequence is read off the image."""
     model, tokenizer, _ = load_model(folder)
     named = [likely_sequences(model, see(model, tokenizer, r).profile())[0][0].removesuffix("-Gd") for r in records]
-    return sum(said == r.sequence.removesuffix("-Gd") for said, r in zip(named, records, strict=True) if r.sequence) / len(records)
+    right = [said == r.sequence.removesuffix("-Gd") for said, r in zip(named, records, strict=True) if r.sequence]
+    return sum(right) / len(right)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,24 +141,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stages.ablation", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     args = parser.parse_args(argv)
     records, rows = held_out(), []
-    for seed in range(args.seeds):
-        for arm, stages in ARMS.items():
-            done: Path | None = None
-            for k in range(len(stages)):
-                # Arms that begin alike share what they begin with.
-                out = args.out / f"seed-{seed}" / "-".join(stages[: k + 1])
-                done = train(stages[k], out, seed=seed, init=done)
-            assert done is not None
-            table, queries = dice_of_queries(done, records[:32])
-            right, asked = tasks_chosen(done, records)
-            rows.append({"seed": seed, "arm": arm, "dice by the table": table, "dice by the words' queries": queries,
-                         "task token right": right / asked, "sequence named": sequences_named(done, records)})  # fmt: skip
-            print(rows[-1], flush=True)
+    for seed, arm in product(range(args.seeds), args.arms):
+        stages, settings = ARMS[arm]
+        done: Path | None = None
+        for k, name in enumerate(stages):
+            # Arms that begin alike share what they begin with.
+            changed = settings if name in STAGES[2:] else {}
+            out = args.out / f"seed-{seed}" / "-".join([*stages[: k + 1], *(f"{a}={b}" for a, b in changed.items())])
+            done = train(name, out, seed=seed, init=done, **changed)
+        assert done is not None
+        table, queries = dice_of_queries(done, records[:32])
+        right, asked = tasks_chosen(done, records)
+        rows.append({"seed": seed, "arm": arm, "dice by the table": table, "dice by the words' queries": queries,
+                     "task token right": right / asked, "sequence named": sequences_named(done, records)})  # fmt: skip
+        print(rows[-1], flush=True)
     names = list(rows[0])[2:]
     lines = [f"| left out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for arm in ARMS:
+    for arm in args.arms:
         some = [r for r in rows if r["arm"] == arm]
         lines.append(f"| {arm} | {' | '.join(', '.join(f'{r[n]:.2f}' for r in some) for n in names)} |")
     (args.out / "results.json").write_text(json.dumps(rows, indent=1))

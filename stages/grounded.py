@@ -103,11 +103,14 @@ class GroundedDialogue(Objective):
         """Loss terms of this step's tasks; what takes no part gets no gradient, and the optimizer leaves it as it is."""
         phase, draw = int(torch.randint(4, ())), float(torch.rand(()))
         masks, words = True, True
-        if self.training and draw >= 1 - self.image_share:
-            return self.terms(self.reconstruct(batch))
         if self.training:
             words = draw >= self.mask_share
             masks = not self.mask_share <= draw < self.mask_share + self.word_share
+        alone = self.training and draw >= 1 - self.image_share
+        if alone or not words:  # what no word takes part in sees every study once
+            batch = {k: v[:: self.tellings] for k, v in batch.items()}
+        if alone:
+            return self.terms(self.reconstruct(batch))
         seen = self.see(batch, phase, masks)
         losses = self.outline(batch, phase, seen) if masks else {}
         if words:

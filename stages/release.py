@@ -94,20 +94,24 @@ def sequence_thresholds(model: Any, records: list[Record], looks: list[Seen]) ->
     and what was measured for it.
     """
     told: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+    instead: list[tuple[float, float, bool]] = []
     likeliest = 0
+    right = lambda said, true: said == true or (said, true) == ("T1w", "T1w-Gd")  # noqa: E731
     for record, look in zip(records, looks, strict=True):
-        likely = likely_sequences(model, look.profile())
-        for said, share in likely:
-            told[said].append((share, said == record.sequence or (said, record.sequence) == ("T1w", "T1w-Gd")))
-        likeliest += told[likely[0][0]][-1][1]
-    found = {}
-    for sequence, named in told.items():
-        named.sort(reverse=True)
+        (said, share), *other = likely_sequences(model, look.profile())
+        told[said].append((share, right(said, record.sequence)))
+        instead += [(share, plain, right(name, record.sequence)) for name, plain in other]
+        likeliest += told[said][-1][1]
+    found: dict[str, dict[str, float]] = {}
+    for sequence in sorted(told.keys() | ({"T1w"} if instead else set()), reverse=True):  # T1w-Gd before T1w, which is said in its stead
+        if sequence == "T1w":
+            told[sequence] += [(plain, ok) for share, plain, ok in instead if share < found.get("T1w-Gd", {}).get("threshold", 2.0)]
+        named = sorted(told[sequence], reverse=True)
         for k in range(LEAST_NAMED, len(named) + 1):
-            right = sum(ok for _, ok in named[:k])
+            good = sum(ok for _, ok in named[:k])
             # Studies of equal probability stand or fall together.
-            if right >= LEAST_PRECISION * k and (k == len(named) or named[k][0] < named[k - 1][0]) and sequence != "other":
-                found[sequence] = {"threshold": named[k - 1][0], "named": k, "right": right}
+            if good >= LEAST_PRECISION * k and (k == len(named) or named[k][0] < named[k - 1][0]) and sequence != "other":
+                found[sequence] = {"threshold": named[k - 1][0], "named": k, "right": good}
     return {"thresholds": found, "studies": len(records), "right_without_threshold": likeliest}
 
 

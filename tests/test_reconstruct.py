@@ -91,13 +91,14 @@ def test_the_table_has_a_row_for_every_method():
     rows[0]["psnr_db"] = rows[1]["psnr_db"] = 32.0
     rows[1]["seconds"] = rows[0]["seconds"] = 0.1
     told = {"group": "individual", "coils": 8, "noise": "moderate", "acceleration": 4}
-    explained = [told | {"case": c, "residual": r, "spread_over_error": 1.5, "rank_correlation": 0.7} for c, r in (("a", 0.9), ("b", 1.1))]
+    figures = {"network_residual": 1.2, "residual_over_added": 1.05, "spread_over_error": 1.5, "rank_correlation": 0.7}
+    explained = [told | figures | {"case": c, "residual": r} for c, r in (("a", 0.9), ("b", 1.1))]
     weights = {"zero-filled, 8 coils, moderate noise, 4x": 0.01}
     text = reconstruct.markdown({"rows": rows, "weights": weights, "explained": explained})
     assert "| 4x | OmniMRI | 32 [32, 32] |" in text
     assert "| individual | 8 | moderate | 4x | 32.00 | zero-filled 30.00 | +2.00 |" in text
     assert "| 0.10 | 0 of 2 |" in text
-    assert "| individual | 8 | moderate | 4x | 1.00 | 1.10 | 1.50 | 0.70 |" in text
+    assert "| individual | 8 | moderate | 4x | 1.20 | 1.00 | 1.10 | 1.05 | 1.50 | 0.70 |" in text
     assert "zero-filled 4x 0.01" in text
     assert "| 4x | zero-filled |" in text
     assert "takes OmniMRI 0.25 s" in text

@@ -69,11 +69,11 @@ def test_what_is_accepted_is_reported_and_every_change_is_kept(session):
     report = session.review.report(session.num_slices())
     item = session.review.items[1]
     assert f"Lesion in the left frontal lobe: {item.diameter_mm:.0f} mm" in report
-    assert "seen before" in report
+    assert "seen before – ≥ 3 mm" in report
     assert "1 accepted, 1 rejected" in report
     made = [(e.finding, e.change, e.after) for e in session.review.audit]
     assert [m for m in made if m[1] != "side"] == [
-        (1, "state", "accepted"), (2, "state", "rejected"), (1, "place", "left frontal lobe"), (1, "comment", "seen before")]
+        (1, "state", "accepted"), (2, "state", "rejected"), (1, "place", "left frontal lobe"), (1, "comment", "seen before – ≥ 3 mm")]
     assert item.side == "left", "the side follows the words"
     session.decide(1, "accepted")
     assert len(session.review.audit) == len(made), "nothing changed"
@@ -134,7 +134,7 @@ def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_pa
     import highdicom as hd
 
     dicom_session.decide(1, "accepted")
-    dicom_session.edit(1, place="left frontal lobe", comment="seen before")
+    dicom_session.edit(1, place="left frontal lobe", comment="seen before – ≥ 3 mm")
     assert dicom_session.review.items[1].side == "left", "the side follows the words"
     dicom_session.decide(2, "rejected")
     found = {p.name: p for p in export.write_dicom(dicom_session, tmp_path / "out")}
@@ -159,7 +159,7 @@ def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_pa
     assert groups[0].reference_type is not None
     texts = (hd.sr.ValueTypeValues.TEXT, hd.sr.RelationshipTypeValues.CONTAINS)
     words = {e.name.meaning: e.value for e in groups[0][0].ContentSequence if (e.value_type, e.relationship_type) == texts}
-    assert words == {"Place in words": "left frontal lobe", "Comment": "seen before"}
+    assert words == {"Place in words": "left frontal lobe", "Comment": "seen before – ≥ 3 mm"}
     if shutil.which("dciodvfy"):
         for path in found.values():
             said = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False).stderr

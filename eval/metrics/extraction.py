@@ -36,6 +36,9 @@ from .mentions import (
     sentences,
 )
 
+TECHNIQUE = re.compile(r"\b(?:MRI?|study|examination)\b")
+"""What speaks of how the images were made."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -81,16 +84,18 @@ class Facts:
 @lru_cache(100_000)
 def extract(text: str) -> Facts:
     """All facts of a report. A sentence that tells more of something without naming it speaks of the finding before."""
-    told = sentences(text.replace("–", "-").replace("\xa0", " ").replace("×", "x"))
-    parts = [extract_sentence(s) for s in told]
+    split = sentences(text.replace("–", "-").replace("\xa0", " ").replace("×", "x"))
+    parts = [extract_sentence(s) for s in split]
     findings: list[Finding] = []
-    for sentence, part in zip(told, parts, strict=True):
+    for sentence, part in zip(split, parts, strict=True):
         for f in part.findings:
-            # A sentence that only names a place, "axial MRI of the brain", speaks of no finding unless it refers to one.
-            about = f if PRONOUN.match(sentence) else replace(f, location=())
+            # "Axial MRI of the left thalamus" tells of a place and of no finding, and so does a place before any finding.
+            technique = TECHNIQUE.search(sentence) or all(x.negated for x in findings)
+            bare = technique and not PRONOUN.match(sentence)
+            told = replace(f, seen_on=()) if not bare else replace(f, side=None, location=(), seen_on=())
             if f.type != REFERRED:
                 findings.append(f)
-            elif replace(about, seen_on=()) != Finding(REFERRED, f.negated, f.certainty) or (findings and f.seen_on and not f.location):
+            elif told != Finding(REFERRED, f.negated, f.certainty) or (findings and f.seen_on and not bare):
                 before = next((x.type for x in reversed(findings) if not x.negated), "lesion")
                 findings.append(replace(f, type=before))
     return Facts(
@@ -208,7 +213,8 @@ def _structures(text: str, rest: str, begin: int, end: int, inside: dict[str, li
         inside["place"] = []
         return out
     for state in ("not visible", "normal", "visible"):
-        if state == "visible" and re.search(r"\bMRI?\b|\bstudy\b|\bexamination\b", clause) and not re.search(r"\b(?:cover|inclu)", clause):
+        covers = not inside["sequence"] and re.search(r"\b(?:cover|inclu)", clause, re.IGNORECASE)
+        if state == "visible" and TECHNIQUE.search(clause) and not covers:
             continue
         cues = [m for m in matches(state, clause) if not any(f.start < begin + m.end and begin + m.start < f.end for f in findings)]
         if not cues or (state == "visible" and findings):
