@@ -208,6 +208,8 @@ def ground_plane(question: str, raw: str, plane: str) -> tuple[str, tuple[str, .
     if told:
         raw = _PLANE.sub(lambda found: plane.capitalize() if found[0][0].isupper() else plane, raw)
         raw = re.sub(rf"\ban? {plane}\b", f"{'an' if plane[0] in 'ao' else 'a'} {plane}", raw)
+    # A report opens with its plane; one that goes on with a finding at once lacks the words between.
+    raw = re.sub(rf"^(<report> ?)?{plane.capitalize()} (?=<size>)", r"\g<0>MRI of the brain. A ", raw)
     if _ASKS_PLANE.search(question) and plane not in raw.lower():
         raw = f"{raw} The plane is {plane}."
     return raw, notes

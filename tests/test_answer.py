@@ -33,7 +33,8 @@ REPORT = ("Axial FLAIR MRI of the brain. There is a <size> lesion in the left ce
      ("Which plane?", "The plane is coronal.", "sagittal", "The plane is sagittal.", True),
      ("Write a report.", "Axial FLAIR MRI of the brain.", "oblique", "Oblique FLAIR MRI of the brain.", True),
      ("Which?", "This is an axial MRI.", "sagittal", "This is a sagittal MRI.", True),
-     ("Write a report.", "<report> FLAIR MRI.", "axial", "<report> FLAIR MRI.", False)],
+     ("Write a report.", "<report> FLAIR MRI.", "axial", "<report> FLAIR MRI.", False),
+     ("Write a report.", "<report> Axial <size> lesion.", "axial", "<report> Axial MRI of the brain. A <size> lesion.", False)],
 )
 def test_the_plane_is_the_affines(question, raw, plane, said, changed):
     text, notes = ground_plane(question, raw, plane)
