@@ -182,7 +182,8 @@ def numbers_agree(told: dict[str, Any], labels: np.ndarray, s: Scored) -> tuple[
     for f in told["findings"]:
         total += 1
         right += any(abs(f["volume_ml"] - v) <= 0.002 for v in volumes)
-        known |= {f"{f['volume_ml']:.1f} ml", f"{f['volume_ml']:.2f} ml"}
+        # Findings carry three digits of what the text rounds on its own.
+        known |= {f"{f['volume_ml'] + rounded:.{digits}f} ml" for digits in (1, 2) for rounded in (-0.0005, 0.0005)}
         known |= {f"{f['diameter_mm'] + rounded:.0f} mm" for rounded in (-0.05, 0.05)}
     for value in re.findall(r"\d+(?:\.\d+)? (?:ml|mm)\b", told["text"]):
         total += 1
