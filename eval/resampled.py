@@ -92,9 +92,9 @@ def measure(assistant: Assistant, scans: Sequence[Path]) -> dict[str, Any]:
             assistant.forget()
             print(case.name, name, round(found[case.name][name]["mean"], 3), flush=True)
             if name in COARSE_MM:
-                names = structures_dice(back(labels), truth.labels)  # the same structures, however few coarse voxels they have
+                # The same structures, however few coarse voxels they have.
                 own = structures_dice(labels, commonest(truth.labels, labels.shape), least=1)
-                each = {k: v for k, v in own.items() if k in names}
+                each = {k: v for k, v in own.items() if k in each}
                 found[case.name][f"{name}, in these voxels"] = {"mean": float(np.mean(list(each.values()))), **each}
                 # The truth itself, read at the middle of every coarse voxel: what no model could be better than by much.
                 there, _ = averaged(replace(volume, voxels=torch.from_numpy(truth.labels)[None].float()), COARSE_MM[name])
