@@ -21,6 +21,9 @@ from .recipe import pick, uniform
 from .wording import Voice
 
 OFF = "I can only speak about what this study shows."
+CONTRAST = (("contrast", "Was contrast agent used?"), ("contrast", "Was gadolinium given?"),
+            ("without contrast", "Is this scan without contrast?"))  # fmt: skip
+"""Requests on contrast agent, and how they are made plainly."""
 LEAST_PIXELS = 25
 """A structure with fewer pixels in the study is not called visible."""
 TECHNIQUES = {"DWI": "diffusion-weighted", "ADC": "apparent diffusion coefficient", "T2*": "T2*-weighted gradient-echo"}
@@ -223,8 +226,7 @@ def detect_turns(v: Voice, f: Facts) -> list[Message]:
     if f.places and more < 0.3:
         side = f.places[0].split()[0]
         told = f"The largest lesion is on the {side}." if side in ("left", "right") else "It lies in the midline."
-        turns += [Message("user", v.say(("On which side?", "Left or right?", "Which side is it on?"), ("Which hemisphere?", "side?"))),
-                  Message("assistant", told)]
+        turns += [Message("user", v.ask("side")), Message("assistant", told)]
     elif v.wide and more < 0.6:
         turns += pick(v.g, (count_turns, largest_turns, lobe_turns))(v, f)
     return turns
@@ -283,21 +285,16 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
     elif kind == "weighting":
         guess = pick(v.g, ("T1w", "T2w", "FLAIR", "PDw"))
         name = SEQUENCE_WORDS[guess]
-        short = pick(v.g, (name, name.replace("-weighted", ""), name.replace("-", " "))) if v.wide else name
-        ask = v.say((f"Is this {article(name)} image?", f"Is this image {name}?"),
-                    (f"Would you call this {name}?", f"{name}, right?", f"Is it {short}?", f"Is this {article(short)}?", f"{short}?",
-                     f"Is this {article(short)} scan?", f"Is the sequence {short}?", f"Is {short} the right name for this image?",
-                     f"This is {article(short)} image, is it not?", f"I think it is {short}. Am I right?"))
+        if v.wide:
+            name = pick(v.g, (name, name.replace("-weighted", ""), name.replace("-", " ")))
+        ask = v.ask("weighting", name)
         same = guess == f.sequence or (guess == "T1w" and f.sequence == "T1w-Gd")
         answer = f"{'Yes' if same else 'No'}, it is {words}." if words else "I cannot tell the sequence."
     elif kind == "contrast":
-        ask = v.say(("Was contrast agent used?", "Was gadolinium given?", "Is this scan without contrast?"),
-                    ("Is this with contrast agent?", "Contrast-enhanced?", "Did the patient get contrast?", "Is it an unenhanced scan?",
-                     "Was contrast given?", "With contrast?", "Is this a contrast-enhanced scan?", "Is it post contrast?",
-                     "Was contrast medium injected?", "Is this scan with gadolinium?", "Is it unenhanced?", "Without contrast?",
-                     "Was an agent injected?", "Has gadolinium been used here?", "Is this after contrast?"))
+        request, ask = pick(v.g, CONTRAST)
+        ask = v.ask(request) if v.wide else ask
         given = f.sequence == "T1w-Gd"
-        yes = given != ("without" in ask.lower() or "unenhanced" in ask)
+        yes = given == (request == "contrast")
         answer = f"{'Yes' if yes else 'No'}, {'a' if given else 'no'} contrast agent was given."
         if f.sequence == "other":
             answer = "I cannot tell."
@@ -306,25 +303,16 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
     elif kind == "visible":
         group = pick(v.g, tuple(GROUPS))
         verb = "is" if group in ("cerebellum", "brain-stem") else "are"
-        ask = v.say((f"{verb.capitalize()} the {group} visible?", f"Can the {group} be seen?", f"Do you see the {group}?"),
-                    (f"{verb.capitalize()} the {group} included?", f"Does the scan reach the {group}?", f"{upper(group)} visible?",
-                     f"{verb.capitalize()} the {group} in the field of view?", f"Does the study cover the {group}?"))
+        plain = (f"{verb.capitalize()} the {group} visible?", f"Can the {group} be seen?", f"Do you see the {group}?")
+        ask = v.ask("visible", group) if v.wide else v.say(plain)
         seen = group in f.groups
         answer = f"{'Yes' if seen else 'No'}, the {group} {verb} {'' if seen else 'not '}visible."
     elif kind == "signal":
-        ask = v.say(("Is the cerebrospinal fluid bright or dark?", "How bright is grey matter?", "Describe the signal."),
-                    ("How do the tissues look?", "What is the signal of fluid and grey matter?", "Describe the contrast between tissues.",
-                     "What is the signal intensity of the tissues?", "Is fluid bright?", "Is grey matter brighter than white matter?",
-                     "How bright is the fluid?", "Is gray matter darker than white matter?", "What signal does the CSF have?"))
+        ask = v.ask("signal")
         answer = level3(v, f) or "I cannot tell."
     elif kind == "level":
-        level, *asks = pick(v.g, (
-            (level2, "Which anatomy is shown?", "What anatomy do the slices cover?", "Which structures are in the field of view?"),
-            (level5, "Give only the impression.", "Impression only.", "Just the impression, please."),
-            (level4, "What are the findings?", "Only the findings, please.", "Findings only."),
-            (level1, "Describe the technique.", "Technique?", "Describe how it was acquired."),
-        ))
-        ask, answer = v.say((asks[0],), tuple(asks[1:])), level(v, f)
+        level, request = pick(v.g, ((level2, "anatomy"), (level5, "impression"), (level4, "findings"), (level1, "technique")))
+        ask, answer = v.ask(request), level(v, f)
     elif kind == "parameter":
         name, short, slot = pick(v.g, (("echo time", "TE", "<te> ms"), ("repetition time", "TR", "<tr> ms"),
                                        ("inversion time", "TI", "<ti> ms"), ("field strength", "magnetic field", "<tesla> T")))

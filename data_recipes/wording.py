@@ -57,7 +57,7 @@ class Request:
             made = (one_of(map(re.escape, p.split("|"))) if k % 2 else re.escape(p) for k, p in enumerate(pieces))
             return "".join(made).replace(re.escape("{x}"), x)
 
-        whole = [part(t) for t in (*self.plain, *self.questions, *self.terse)]
+        whole = [part(t.rstrip(".?!")) for t in (*self.plain, *self.questions, *self.terse)]
         if self.verbs:
             whole.append("".join(one_of(map(part, given)) for given in (set(LEADS), self.verbs, set(TAILS))))
         return re.compile(f"{one_of(whole)}[.?!]?", re.IGNORECASE)

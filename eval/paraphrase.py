@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_recipes.describe import LEAST_PIXELS
+from omnimri.anatomy import NAMES, STRUCTURES
 from omnimri.answer import Answer
 from omnimri.assistant import Assistant
 
@@ -86,14 +88,31 @@ def compare(pair: Pair, plain: Answer, other: Answer) -> tuple[bool, bool]:
     return right, same_facts(other, plain)
 
 
+def dealt(every: Sequence[Pair], shown: Sequence[Collection[str]]) -> list[list[Pair]]:
+    """The pairs for each case: in turn, but for a structure by its name the next case that shows it, where one does.
+
+    What is not in the slices is rightly not outlined, whatever the wording.
+
+    Args:
+        shown: Names of the structures in each case.
+    """
+    out: list[list[Pair]] = [[] for _ in shown]
+    for k, pair in enumerate(every):
+        turns = [(k + more) % len(shown) for more in range(len(shown))]
+        named = next((n for n in NAMES if n in pair.plain), None)
+        out[next((t for t in turns if named is None or named in shown[t]), turns[0])].append(pair)
+    return out
+
+
 def measure(assistant: Assistant, cases: Sequence[Case], questions: Path | None = None) -> dict[str, Any]:
-    """Ask every pair of one of the cases, in turn."""
-    every = pairs(questions)
+    """Ask every pair of one of the cases."""
     rows: list[dict[str, Any]] = []
-    for k, case in enumerate(cases):
+    truths = [open_case(case)[1].labels for case in cases]
+    shown = [{s.name for s in STRUCTURES if t is None or (t == s.label).sum() >= LEAST_PIXELS} for t in truths]
+    for case, some in zip(cases, dealt(pairs(questions), shown), strict=True):
         study, _ = open_case(case)
         asked: dict[str, Answer] = {}
-        for pair in every[k :: len(cases)]:
+        for pair in some:
             for words in (pair.plain, pair.other):
                 if words not in asked:
                     asked[words] = assistant.answer(study, words)

@@ -64,6 +64,8 @@ def test_facts_of_a_sentence():
         ("A 20 mm mass in the left frontal lobe.", "A 10 mm mass in the left frontal lobe.", 1, 0),
         ("A 11 mm mass in the left frontal lobe.", "A 10 mm mass in the left frontal lobe.", 0, 0),
         ("T2 shows a mass.", "FLAIR shows a mass.", 1, 0),
+        ("Axial T1-weighted MRI.", "Axial contrast-enhanced T1-weighted MRI.", 0, 0),
+        ("Axial contrast-enhanced T1-weighted MRI.", "Axial T1-weighted MRI.", 1, 0),
         ("There is a mass. There is a haemorrhage.", "There is a mass.", 0, 1),
         ("No haemorrhage.", "There is a mass.", 0, 0),
         ("There is a metastasis in the left thalamus.", "There is a lesion in the left thalamus.", 0, 0),

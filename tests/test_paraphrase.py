@@ -10,7 +10,7 @@ import torch
 
 from data_recipes.recipe import generator
 from data_recipes.wording import REQUESTS, Voice
-from eval.paraphrase import SAID, Pair, compare, markdown, pairs
+from eval.paraphrase import SAID, Pair, compare, dealt, markdown, pairs
 from eval.planted import ORDERS, agreement, burn, same_findings
 from omnimri.anatomy import NAMES
 from omnimri.overlay import without_overlay
@@ -44,6 +44,12 @@ def test_questions_of_a_file_find_their_plain_wording(tmp_path):
     path.write_text("s1|colour|is it red?|yes\n")
     with pytest.raises(ValueError, match="category"):
         pairs(path)
+
+
+def test_structures_are_asked_for_where_they_are_shown():
+    one, other, plain = Pair("one", "Segment the left thalamus.", "x"), Pair("one", "Segment the 4th ventricle.", "y"), Pair("plane", "?", "z")
+    assert dealt([one, other, plain, one], [{"left thalamus"}, set(), {"4th ventricle"}]) == [[one, one], [], [other, plain]]
+    assert dealt([one], [set(), set()]) == [[one], []]  # none shows it
 
 
 def answer(text="", task="text", findings=(), structures=(), ranks=None):

@@ -139,7 +139,9 @@ def count(said: Facts, true: Facts, *, pairing: Callable[[Any, Any], float] = _s
 def contradictions(said: Facts, true: Facts) -> tuple[int, int]:
     """How many facts contradict the reference (negation, side, size, sequence), and how many asserted findings it does not have."""
     pairs = pair(said.findings, true.findings, _same_thing)
-    wrong = len(set(said.sequences) - set(true.sequences)) if true.sequences else 0
+    # "T1-weighted" is true of a contrast-enhanced T1-weighted image, if not all of the truth.
+    fits = {*true.sequences, *("T1w" for x in true.sequences if x == "T1w-Gd")}
+    wrong = len(set(said.sequences) - fits) if true.sequences else 0
     for i, j in pairs:
         a, b = said.findings[i], true.findings[j]
         wrong += a.negated != b.negated
