@@ -66,7 +66,9 @@ def pairs(questions: Path | None = None) -> list[Pair]:
         if not fits:
             raise ValueError(f"expected lines image|category|question|answer, got the category {category[:40]!r}")
         request, plain, match = fits[0]
-        found.append(Pair(request, plain.format(*(g.upper() for g in match.groups())), question))
+        plain = plain.format(*(g.upper() for g in match.groups()))
+        if re.findall(r"\w+", plain.lower()) != re.findall(r"\w+", question.lower()):
+            found.append(Pair(request, plain, question))
     return found
 
 

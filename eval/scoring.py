@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from omnimri.anatomy import STRUCTURES
+from omnimri.measure import brain_mask
 from omnimri.volume import Study
 
 from . import predict
@@ -33,8 +35,8 @@ MIXTURE, CONSTANT, ZERO_FILLED, DEEPBET, WAVELET = (
     "deepbet",
     "sigpy L1-wavelet",
 )
-FLUID = 24
-"""FreeSurfer's number of fluid that is in no ventricle."""
+WHOLE_HEADS = ("colin", "freesurfer")
+"""Suites of whole heads, T1-weighted."""
 CONSTANT_REPORT = (
     "Axial T1-weighted MRI of the brain. The slices show the cerebral hemispheres and lateral ventricles. No focal lesion is seen. "
     "Impression: no focal lesion."
@@ -209,17 +211,18 @@ class Tissue:
             for system, labels in {**{k: as_truth(v) for k, v in s.labels.items()}, MIXTURE: mixture_of(s)}.items():
                 self._put("grey matter", system, dice(np.isin(labels, GREY), grey))
                 self._put("white matter and brain-stem", system, dice(np.isin(labels, WHITE), white))
-        if truth.brain is not None:
-            for system, labels in s.labels.items():
-                self._put("brain mask", system, dice(ndimage.binary_fill_holes(labels > 0), truth.brain))
-                # Strippers differ in whether the fluid around the brain is brain.
-                inner = ndimage.binary_fill_holes((labels > 0) & (labels != FLUID))
-                self._put("brain mask without the fluid around it", system, dice(inner, truth.brain))
-            image = image_of(s)
-            self._put("brain mask", "whole head", dice(ndimage.binary_fill_holes(image > 0.1 * np.percentile(image, 99)), truth.brain))
-            peer = predict.deepbet_mask(s.study)
-            if peer is not None:
-                self._put("brain mask", DEEPBET, dice(peer, truth.brain))
+        if s.case.suite not in WHOLE_HEADS:
+            return
+        # Strippers differ in whether the fluid around the brain is brain: all labels, and the brain as strippers draw it.
+        image, peer = image_of(s), predict.deepbet_mask(s.study)
+        masks = {system: (ndimage.binary_fill_holes(labels > 0), brain_mask(torch.from_numpy(labels), s.study.primary.spacing_mm).numpy())
+                 for system, labels in s.labels.items()}  # fmt: skip
+        masks["whole head"] = (ndimage.binary_fill_holes(image > 0.1 * np.percentile(image, 99)),) * 2
+        for other, true in (("ch2bet", truth.brain), ("deepbet's", peer)):
+            for system, both in {**masks, **({DEEPBET: (peer, peer)} if peer is not None and true is not peer else {})}.items():
+                for what, mask in zip(("all labels, holes filled", "the brain as strippers draw it"), both, strict=True):
+                    if true is not None:
+                        self._put(f"{what}, against {other}", system, dice(mask, true))
 
     def _put(self, what: str, system: str, value: float) -> None:
         self.values.setdefault(what, {}).setdefault(system, []).append(value)

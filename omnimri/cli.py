@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--series", **which)
     segment.add_argument("--out", required=True, metavar="seg.nii.gz")
     segment.add_argument("--structures", default="all", help="'all' or names, such as 'left hippocampus,lesion'")
+    segment.add_argument("--brain", metavar="brain.nii.gz", help="write a brain mask too: tissue and ventricles, sulci closed")
     segment.add_argument("--json", action="store_true", help="print one JSON object")
     report = command("report", run_report, "Write a report with its findings and masks.")
     report.add_argument("study", metavar="STUDY", help=study)
@@ -181,12 +182,18 @@ def run_ask(args: Any) -> None:
 def run_segment(args: Any) -> None:
     """Omnimri segment."""
     from .anatomy import resolve_names
+    from .io.nifti import write_nifti
+    from .measure import brain_mask
 
     resolve_names(args.structures)
-    _check_output(args.out)
+    for out in filter(None, (args.out, args.brain)):
+        _check_output(out)
     study = _open(args)
-    answer = _assistant(args).segment(study, args.structures)
+    assistant = _assistant(args)
+    answer = assistant.segment(study, args.structures)
     write_labels(answer, Path(args.out))
+    if args.brain:
+        write_nifti(Path(args.brain), brain_mask(assistant.examine(study.primary).labels, study.primary.spacing_mm), study.primary.affine)
     _print(answer, args.json)
 
 

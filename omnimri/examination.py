@@ -28,15 +28,17 @@ from .volume import Volume
 CHUNK = 8
 """Slices decoded at a time."""
 MORE_SPACING_MM = 2.0
-"""Distance of slices in the planes that a volume of near-cubic voxels is looked at besides its own."""
+"""Distance of slices in the planes that a volume is looked at besides its own."""
 SAME_QUERY = 0.1
 """Relative distance up to which an answer's query is the standing one of its structure, whose mask is there already."""
 LESION_EDGE = 0.35
 """A lesion reaches as far as this mean probability of all planes, from voxels over the threshold on."""
 CONFIRMED = 0.5
 """Mean lesion probability in the other planes from which on they see what the acquisition plane sees."""
-LEAST_EXTENT_MM = 64.0
+LEAST_EXTENT_MM = 100.0
 """A slab thinner than this is looked at in its own plane only."""
+WIDEST_MM = 8.5
+"""Slices further apart than this are looked at in their own plane only."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Examination:
 
     volume: Volume
     views: tuple[View, ...]
-    """The acquisition plane first; the other two planes too where the voxels are nearly cubes."""
+    """The acquisition plane first; the other two planes too where the volume is no thin slab (`more_planes`)."""
     record: Record
     """On the first lattice, with the sequence and the lesion places that the masks gave."""
     sequence: str
@@ -248,9 +250,9 @@ def doubt(probability_NKHW: Tensor) -> float:
 
 
 def more_planes(volume: Volume, plane: str) -> tuple[str, ...]:
-    """The planes to look at besides the acquisition's: all where no voxel side is over 1.5 times another, else none."""
+    """The planes to look at besides the acquisition's: both, between thick slices by interpolation, but of a slab none."""
     spacing = volume.spacing_mm
-    if max(spacing) > 1.5 * min(spacing) or min(n * s for n, s in zip(volume.shape, spacing, strict=True)) < LEAST_EXTENT_MM:
+    if max(spacing) > WIDEST_MM or min(n * s for n, s in zip(volume.shape, spacing, strict=True)) < LEAST_EXTENT_MM:
         return ()
     return tuple(p for p in PLANES if p != plane)
 

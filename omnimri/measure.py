@@ -14,6 +14,8 @@ from .anatomy import NAMES, STRUCTURES, WHITE_CLASSES, join
 from .volume import Volume
 
 MAX_INSTANCES = 250
+FLUID_LABEL = 24
+"""FreeSurfer's number of fluid that is in no ventricle."""
 
 
 def rank_components(mask: Tensor, *, least: int = 1, seeds: Tensor | None = None) -> tuple[Tensor, list[int]]:
@@ -38,6 +40,28 @@ def rank_components(mask: Tensor, *, least: int = 1, seeds: Tensor | None = None
     for rank, k in enumerate(kept, 1):
         table[k + 1] = rank
     return torch.from_numpy(table[labelled]).to(mask.device), [int(sizes[k]) for k in kept]
+
+
+def brain_mask(labels: Tensor, spacing_mm: Sequence[float], *, sulcus_mm: float = 5.0) -> Tensor:
+    """The brain as strippers draw it, bool, from a (X, Y, Z) label map: tissue and ventricles with the sulci between them, without holes,
+    and without the fluid around it, which SynthSeg's maps count in.
+
+    Args:
+        sulcus_mm: Gaps of up to twice this width are closed.
+    """
+    from scipy import ndimage
+
+    tissue = ((labels > 0) & (labels != FLUID_LABEL)).cpu().numpy()
+    if not tissue.any():
+        return torch.from_numpy(tissue)
+    pad = [int(sulcus_mm / mm) + 2 for mm in spacing_mm]
+    box = tuple(slice(int(w.min()), int(w.max()) + 1) for w in np.nonzero(tissue))
+    inside = np.pad(tissue[box], [(p, p) for p in pad])
+    near = ndimage.distance_transform_edt(~inside, sampling=spacing_mm) <= sulcus_mm
+    closed = ndimage.distance_transform_edt(near, sampling=spacing_mm) > sulcus_mm
+    whole = tissue.copy()
+    whole[box] |= ndimage.binary_fill_holes(closed | inside)[tuple(slice(p, -p) for p in pad)]
+    return torch.from_numpy(whole)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from data_recipes.recipe import generator
 from data_recipes.wording import REQUESTS, Voice
 from eval.paraphrase import SAID, Pair, compare, dealt, markdown, pairs
 from eval.planted import ORDERS, agreement, burn, same_findings
-from omnimri.anatomy import NAMES
+from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS
 from omnimri.overlay import without_overlay
 from omnimri.volume import Volume
 
 
 def test_no_paraphrase_was_trained_on():
     """None is a wording of the grammar, for any request; every wording that is drawn is one, but for slips of the fingers."""
-    known = {name: r.pattern(NAMES) for name, r in REQUESTS.items()}
+    weightings = [w.replace("-", sign) for w in SEQUENCE_WORDS.values() for sign in "- "]
+    known = {name: r.pattern((*NAMES, *GROUPS, *weightings)) for name, r in REQUESTS.items()}
     for name, pattern in known.items():
         voice = Voice(generator(0, name), True)
         assert sum(bool(pattern.fullmatch(voice.ask(name, "left putamen"))) for _ in range(100)) > 75
@@ -32,15 +33,14 @@ def test_no_paraphrase_was_trained_on():
 def test_questions_of_a_file_find_their_plain_wording(tmp_path):
     path = tmp_path / "q.txt"
     path.write_text(
-        "s1|modality|is \tthis a t1 weighted image?|yes\ns2|modality|is this a t1 weighted image?|yes\ns3|plane|which way up?|axial\n"
+        "s1|plane|which \tway up?|axial\ns2|plane|which way up?|axial\ns3|modality|is this a t1 weighted image?|yes\n"
         "s4|modality|is this a noncontrast mri?|no\n"
     )
     found = pairs(path)[len(pairs()) :]
     assert [(p.request, p.plain) for p in found] == [
-        ("weighting", "Is this a T1 weighted image?"),
         ("plane", "What plane is this?"),
         ("contrast", "Was gadolinium given?"),
-    ]
+    ]  # the third is the plain wording itself
     path.write_text("s1|colour|is it red?|yes\n")
     with pytest.raises(ValueError, match="category"):
         pairs(path)

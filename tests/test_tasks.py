@@ -6,7 +6,7 @@ import torch
 
 from omnimri.example import collate, prepare
 from omnimri.grid import Grid
-from omnimri.measure import measure, rank_components, side_of
+from omnimri.measure import FLUID_LABEL, brain_mask, measure, rank_components, side_of
 from omnimri.tasks import TASKS, Detect, Segment
 from omnimri.tasks.detect import STRIDE
 from omnimri.volume import Volume
@@ -86,3 +86,21 @@ def test_measures_of_a_known_box():
     ranks, sizes = rank_components(mask, seeds=seeds)
     assert sizes == [4 * mask.shape[2]]
     assert set(ranks[5:10].unique().tolist()) == {0}
+
+
+def test_a_brain_mask_closes_sulci_and_leaves_the_fluid_around():
+    labels = torch.zeros(40, 30, 12, dtype=torch.int32)
+    labels[2:38, 2:28] = FLUID_LABEL
+    labels[5:35, 5:25] = 2
+    labels[5:30, 14:16] = FLUID_LABEL  # a sulcus of 2 mm, open to the outside
+    labels[31:33, 18:20] = 0  # a hole
+    mask = brain_mask(labels, (1.0, 1.0, 4.0))
+    inside = torch.zeros_like(mask)
+    inside[5:35, 5:25] = True
+    assert bool(mask[12:30, 14:16].all()) and bool(mask[31:33, 18:20].all())
+    assert not bool((mask & ~inside).any())
+    assert bool(mask[labels == 2].all())
+    wide = labels.clone()
+    wide[5:30, 9:21] = FLUID_LABEL  # 12 mm: no sulcus
+    assert not bool(brain_mask(wide, (1.0, 1.0, 4.0))[5:15, 13:17].any())
+    assert not bool(brain_mask(torch.zeros_like(labels), (1.0, 1.0, 4.0)).any())
