@@ -23,8 +23,8 @@ from data_recipes.synthetic import CHOOSING_MAPS
 from data_recipes.wording import Voice
 from omnimri.anatomy import STRUCTURES
 from omnimri.answer import fill_slots, lesion_measures
-from omnimri.examination import Lesion
 from omnimri.io import open_study, study_of
+from omnimri.lesions import Lesion
 from omnimri.measure import measure
 from omnimri.volume import KSpace, Study
 

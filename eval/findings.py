@@ -209,8 +209,10 @@ class Honesty:
             "plane": [0, 0],
             "sequence read off the image, where one is named": [0, 0],
             "sequence read off the image, of all": [0, 0],
+            "lobe of the largest finding, simulated heads": [0, 0],
+            "lobe of the largest finding, real scans": [0, 0],
         }
-        self.sequences: list[str] = []
+        self.told: list[str] = []
 
     def see(self, s: Scored) -> None:
         """Look at one case."""
@@ -243,7 +245,13 @@ class Honesty:
             if said not in ("other", "unknown"):
                 self._fact("sequence read off the image, where one is named", same)
             if s.case.suite != "synthetic":
-                self.sequences.append(f"{s.case.name}: {said} ({s.truth.sequence})")
+                self.told.append(f"{s.case.name}: {said} ({s.truth.sequence})")
+        if s.truth.lobes and report["findings"]:
+            lobe = next(iter(re.findall(r"\b([a-z]+) lobe", told["lobe"]["text"])), "none told")
+            where = "simulated heads" if s.case.suite == "synthetic" else "real scans"
+            self._fact(f"lobe of the largest finding, {where}", lobe in s.truth.lobes)
+            if s.case.suite != "synthetic":
+                self.told.append(f"{s.case.name}: {lobe} lobe ({', '.join(s.truth.lobes)})")
         if s.truth.lesion:
             self.denied[1] += 1
             self.denied[0] += any(f.negated and f.type in DENIED for f in extract(report["text"]).findings)
@@ -299,5 +307,5 @@ class Honesty:
                 {self.system: Estimate(*auroc(labels, scores), len(labels))},
             )
             t.notes += [f"{name}: {what}" for name, what in self.refused]
-        t.notes += self.sequences
+        t.notes += self.told
         return t

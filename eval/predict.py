@@ -31,6 +31,7 @@ from .cases import Case, Truth, open_case
 QUESTIONS = {
     "what": ("What sequence and plane is this?", None),
     "detect": ("Find lesions.", "detect"),
+    "lobe": ("In which lobe is the largest lesion?", "detect"),
     "report": ("Write a report.", "report"),
 }
 MODEL, RANDOM = "model", "random weights"

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .anatomy import GROUPS, LESION, NAMES, groups_of, join
-from .examination import Examination, Lesion
+from .examination import Examination
+from .lesions import Lesion
 from .measure import signal_sentence, size_word
 from .reconstruction import Reconstruction
 

@@ -31,6 +31,7 @@ from .examination import Examination, answer_labels, examine
 from .example import LESION_CLASS, language_slices, named_class, segment_classes
 from .generation import generate
 from .knowledge import GENERAL
+from .lesions import LesionRule
 from .measure import measure
 from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
 from .tasks import TASKS
@@ -78,15 +79,7 @@ class Assistant:
         key = id(volume)
         kept = self._seen.get(key)
         if kept is None or kept[0] is not volume:
-            config = self.model.config
-            seen = examine(
-                self.model,
-                self.tokenizer,
-                volume,
-                lesion_threshold=getattr(config, "lesion_threshold", 0.5),
-                least_lesion_ml=getattr(config, "least_lesion_ml", 0.05),
-                check=_stopper(on_text),
-            )
+            seen = examine(self.model, self.tokenizer, volume, rule=LesionRule.of(self.model.config), check=_stopper(on_text))
             # Another thread may forget at any time: what is returned is held here.
             self._seen[key] = kept = (volume, seen)
             while len(self._seen) > KEPT_EXAMINATIONS:

@@ -17,7 +17,8 @@ from .conversation import MAX_LESION_EVIDENCE, card, query_messages, render
 from .example import LESION_CLASS, Example, Record, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
-from .measure import Measured, lesion_signals, location, measure, rank_components, right_of_midline, side_of, signal_profile, signal_words
+from .lesions import Lesion, LesionRule, lesion_ranks, measured_lesion
+from .measure import lesion_signals, right_of_midline, signal_profile, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
 from .overlay import BURNT, without_overlay
@@ -31,32 +32,10 @@ MORE_SPACING_MM = 2.0
 """Distance of slices in the planes that a volume is looked at besides its own."""
 SAME_QUERY = 0.1
 """Relative distance up to which an answer's query is the standing one of its structure, whose mask is there already."""
-LESION_EDGE = 0.35
-"""A lesion reaches as far as this mean probability of all planes, from voxels over the threshold on."""
-CONFIRMED = 0.5
-"""Mean lesion probability in the other planes from which on they see what the acquisition plane sees."""
-LEAST_EXTENT_MM = 100.0
+LEAST_EXTENT_MM = 105.0
 """A slab thinner than this is looked at in its own plane only."""
 WIDEST_MM = 8.5
 """Slices further apart than this are looked at in their own plane only."""
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """One connected lesion mask with its measures."""
-
-    rank: int
-    """From 1, by falling volume."""
-    side: str
-    place: str
-    """Structure it mostly lies in."""
-    measured: Measured
-    confidence: float
-    """Mean probability inside the mask."""
-    detected: float
-    """Best score of a detection whose centre lies in the lesion's box; 0 without one."""
-    signal: str = ""
-    """`hyperintense` or `hypointense` to white matter, as measured; or neither."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +107,7 @@ def examine(
     tokenizer: PreTrainedTokenizerBase,
     volume: Volume,
     *,
-    lesion_threshold: float,
-    least_lesion_ml: float,
+    rule: LesionRule,
     check: Callable[[], None] = lambda: None,
 ) -> Examination:
     """Look at a volume: first the slices for language, then every slice for masks, then what they show.
@@ -163,25 +141,20 @@ def examine(
     segment = Segment()
     check()
     labels = segment.read(*((x[:-1], g) for x, g in logits))
-    # The lesion threshold is calibrated on one plane's probability.
     check()
-    probability = segment.read_lesion(logits[0][0][-1], grid)
-    seeds = probability > lesion_threshold
-    if len(logits) > 1:
-        others = torch.stack([segment.read_lesion(x[-1], g) for x, g in logits[1:]])
-        seeds &= others.mean(0) >= CONFIRMED  # what only one plane sees is no lesion
-        probability = torch.cat([probability[None], others]).mean(0)
+    probability = torch.zeros(volume.shape)
+    for x, g in logits:
+        probability += segment.read_lesion(x[-1], g) / len(logits)
     del logits
-    brain = labels > 0
-    least = max(1, round(least_lesion_ml / volume.voxel_ml))
-    ranks, sizes_voxels = rank_components(((probability > LESION_EDGE) | seeds) & brain, least=least, seeds=seeds & brain)
-    ranks = torch.where(ranks == 255, 0, ranks).to(torch.uint8)
+    ranks, peaks = lesion_ranks(probability, labels > 0, volume.voxel_ml, rule, alone=len(views) == 1)
     if score > 1.0:
-        ranks, sizes_voxels = torch.zeros_like(ranks), []
+        ranks, peaks = torch.zeros_like(ranks), []
         labels = torch.zeros_like(labels)
     boxes = Detect().read(heat, grid)
     lesions = tuple(
-        _lesion(rank, ranks, labels, probability, volume, grid, boxes) for rank in range(1, len(sizes_voxels) + 1)
+        measured_lesion(rank, ranks, labels, rule.confidence(peak, max(peaks), mean), volume, grid, boxes)
+        for rank, peak in enumerate(peaks, 1)
+        for mean in (float(probability[ranks == rank].mean()),)
     )
     places = tuple(lesion.place for lesion in lesions)
     classes, seen_ranks = _on_lattice(grid, labels, ranks)
@@ -353,20 +326,6 @@ def _decode(model: OmniMRI, example: Example, detect_state: Tensor, check: Calla
 def _chunks(total: int, size: int = 4 * CHUNK) -> Iterator[range]:
     for first in range(0, total, size):
         yield range(first, min(total, first + size))
-
-
-def _lesion(rank: int, ranks: Tensor, labels: Tensor, probability: Tensor, volume: Volume, grid: Grid, boxes: list) -> Lesion:
-    """Measure one lesion."""
-    mask = ranks == rank
-    measured = measure(mask, volume, slice_axis=grid.axes[0])
-    low, high = (torch.tensor(c) for c in measured.box_mm)
-    detected = 0.0
-    for box in boxes:
-        centre = grid.world_mm(torch.tensor([box.centre]), volume.affine)[0]
-        if bool((centre >= low).all() and (centre <= high).all()):
-            detected = max(detected, box.score)
-    side = side_of(right_of_midline(torch.nonzero(mask), labels, volume.affine)) if volume.oriented else "unknown"
-    return Lesion(rank, side, location(mask, labels), measured, float(probability[mask].mean()), detected)
 
 
 def _on_lattice(grid: Grid, labels: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

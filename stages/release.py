@@ -11,27 +11,34 @@ import json
 import shutil
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_recipes import Phantom, Synthetic
+from data_recipes.phantom import record_volume
 from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
 from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, publish, resolve, save_model
 from omnimri.conversation import card, query_messages, render
-from omnimri.examination import LESION_EDGE, doubt, likely_sequences
+from omnimri.examination import doubt, examine, likely_sequences
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence
+from omnimri.lesions import LESION_EDGE, LesionRule, log_odds
 from omnimri.measure import rank_components, signal_profile, signal_words
 from omnimri.tasks.reconstruct import fast_bf16
 
 SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
 FALSE_ALARM_SHARE = 0.05
-"""Largest share of normal held-out studies in which the lesion threshold may show a lesion."""
+"""Largest share of normal held-out studies in which a lesion may be shown."""
+LEAST_FURTHER_PRECISION = 0.85
+"""Smallest share of right ones among the lesions shown in held-out studies that have a sure one."""
+LEAST_LESION_ML = 0.1
+HEAD_SLICES = 24
+"""Slices of a whole head for the rule of lesions."""
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 """Lesion probabilities that are tried."""
@@ -116,8 +123,83 @@ def sequence_thresholds(model: Any, records: list[Record], looks: list[Seen]) ->
 
 
 @torch.inference_mode()
-def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int) -> dict[str, Any]:
-    """Set the scope's mean, whitening and limit, and choose the thresholds of lesions and of the sequence."""
+def lesion_rule(model: Any, tokenizer: Any, heads: Any, *, count: int, alone: float) -> dict[str, Any]:
+    """Choose which lesions are shown, and how sure of them to be, on whole heads as a person would upload them.
+
+    Args:
+        alone: `LesionRule.sure_alone`, chosen on more studies that were looked at in one plane.
+    """
+    every = LesionRule(least_ml=LEAST_LESION_ML, weights=(1.0, 0.0, 0.0))  # its confidence is the peak
+    studies: list[list[tuple[float, bool | None]]] = []
+    normal: list[bool] = []
+    for i in range(count):
+        record = heads.record(103, i)
+        seen = examine(model, tokenizer, replace(record_volume(record), sequence="unknown"), rule=every)
+        if len(seen.views) == 1 or not seen.in_scope:
+            continue
+        truth = record.lesions.permute(2, 1, 0)
+        normal.append(not record.lesion_places)
+        studies.append([])
+        for lesion in seen.lesions:
+            inside = truth[seen.lesion_ranks == lesion.rank]
+            true = bool(((inside > 0) & (inside < 255)).any())
+            studies[-1].append((lesion.confidence, True if true else None if bool((inside == 255).any()) else False))
+    return choose_rule(model.config, studies, normal, alone=alone)
+
+
+def choose_rule(config: Any, studies: list[list[tuple[float, bool | None]]], normal: list[bool], *, alone: float) -> dict[str, Any]:
+    """Set the rule of lesions, and tell what it does.
+
+    Args:
+        studies: Of each the peak of every candidate, and whether it touches a true lesion; None where it cannot be said.
+        normal: Whether a study has none.
+    """
+    surest = [max((p for p, _ in s), default=0.0) for s in studies]
+
+    def alarms(sure: float) -> float:
+        return sum(n and top > sure for n, top in zip(normal, surest, strict=True)) / max(1, sum(normal))
+
+    def shown(sure: float, further: float) -> list[tuple[float, float, bool]]:
+        seen = zip(studies, surest, strict=True)
+        return [(p, top, ok) for s, top in seen if top > sure for p, ok in s if p > further and ok is not None]
+
+    def precision(found: list[tuple[float, float, bool]]) -> float:
+        return sum(ok for *_, ok in found) / max(1, len(found))
+
+    sure = min((t for t in THRESHOLDS if alarms(t) <= FALSE_ALARM_SHARE), default=NEVER)
+    further = min((t for t in THRESHOLDS if 0.5 <= t < sure and precision(shown(sure, t)) >= LEAST_FURTHER_PRECISION), default=sure)
+    found = shown(sure, further)
+    config.lesion_rule = {"sure": sure, "sure_alone": alone, "further": further, "least_ml": LEAST_LESION_ML}
+    if {ok for *_, ok in found} == {True, False}:
+        config.lesion_rule["weights"] = log_odds_weights(found)
+    sick = [top for n, top in zip(normal, surest, strict=True) if not n]
+    config.lesion_sensitivity = sum(top > sure for top in sick) / max(1, len(sick))
+    told = {"normal": sum(normal), "normal_with_a_finding": round(alarms(sure) * sum(normal)), "with_lesions": len(sick),
+            "sensitivity": config.lesion_sensitivity, "shown": len(found), "precision": precision(found)}  # fmt: skip
+    return config.lesion_rule | told
+
+
+def log_odds_weights(found: list[tuple[float, float, bool]]) -> list[float]:
+    """Weights of the log odds of the peak, of the surest, and 1, by logistic regression with a little shrinkage."""
+    x = torch.tensor([[log_odds(p), log_odds(top), 1.0] for p, top, _ in found], dtype=torch.float64)
+    y = torch.tensor([float(ok) for *_, ok in found], dtype=torch.float64)
+    w = torch.zeros(3, dtype=torch.float64)
+    shrink = torch.diag(torch.tensor([0.1, 0.1, 0.0], dtype=torch.float64))
+    for _ in range(50):  # Newton
+        p = (x @ w).sigmoid()
+        w = w - torch.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + shrink + 1e-6 * torch.eye(3), x.T @ (p - y) + shrink @ w)
+    return [round(v, 4) for v in w.tolist()]
+
+
+@torch.inference_mode()
+def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, heads: Any, *, count: int) -> dict[str, Any]:
+    """Set the scope's mean, whitening and limit, and choose the rule of lesions and the thresholds of the sequence.
+
+    Args:
+        training: Recipe of the studies that were trained on.
+        held_out: Recipe of studies that were not.
+        heads: Recipe of such in 24 slices.
+    """
     inside = torch.stack([see(model, tokenizer, training.record(101, i)).features for i in range(count)])
     model.scope_mean.copy_(inside.mean(0))
     off = inside - inside.mean(0)
@@ -143,19 +225,16 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
             else:
                 diseased, found = diseased + 1, found + int(bool((said & truth[:, ::2, ::2]).any()))
         tried[threshold] = (alarms / max(normal, 1), found / max(diseased, 1))
-    good = [t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE]
-    model.config.lesion_threshold = min(good) if good else NEVER
-    tried[NEVER] = (0.0, 0.0)
-    model.config.least_lesion_ml = 0.1
+    alone = min((t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE), default=NEVER)
     sequence = sequence_thresholds(model, records, looks)
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
-    model.config.lesion_sensitivity = tried[model.config.lesion_threshold][1]
+    lesions = lesion_rule(model, tokenizer, heads, count=count // 2, alone=alone)
     return {
         "scope_limit": float(model.scope_limit),
         "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},
         "doubt_limit": model.config.doubt_limit,
         "doubt_held_out": {"median": float(doubts.median()), "largest": float(doubts.max())},
-        "lesion_threshold": model.config.lesion_threshold,
+        "lesions": lesions,
         "threshold_false_alarm_and_sensitivity": {str(k): [round(a, 3), round(b, 3)] for k, (a, b) in tried.items()},
         "sequence": sequence,
         "studies": count,
@@ -181,8 +260,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.data:
             training: Any = Synthetic(args.data, numbers=TRAINING_MAPS, **size)
             held_out: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size)
+            heads: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size | {"num_slices": HEAD_SLICES})
         else:
             training = held_out = Phantom(**size)
+            heads = Phantom(**size | {"num_slices": HEAD_SLICES})
         rounded = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
         model.load_state_dict({k: v.float() for k, v in rounded.items()})
         provenance = json.loads((source / "provenance.json").read_text())
@@ -191,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
             if told is None:
                 raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
         else:
-            told = calibrate(model, tokenizer, training, held_out, count=args.count)
+            told = calibrate(model, tokenizer, training, held_out, heads, count=args.count)
         rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
         for tied in model._tied_weights_keys:
             rounded.pop(tied)

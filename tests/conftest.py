@@ -30,6 +30,7 @@ from data_recipes.phantom import record_volume
 from omnimri.checkpoint import save_model, write_digests
 from omnimri.examination import examine
 from omnimri.io.nifti import write_nifti
+from omnimri.lesions import LesionRule
 from omnimri.model.config import preset
 from omnimri.model.omnimri import OmniMRI
 from omnimri.tokens import token_ids
@@ -71,7 +72,7 @@ def checkpoint(config, tokenizer, scan, tmp_path_factory) -> Path:
     for seed in range(20):
         torch.manual_seed(seed)
         model = OmniMRI(config).eval()
-        if len(examine(model, tokenizer, scan, lesion_threshold=0.5, least_lesion_ml=0.05).lesions) >= 3:
+        if len(examine(model, tokenizer, scan, rule=LesionRule()).lesions) >= 3:
             break
     else:
         pytest.fail("no untrained model finds anything: what the tests show would be empty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,12 @@ from omnimri.anatomy import SEQUENCES
 from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_plane, ground_sequence, lesion_measures
 from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
-from omnimri.examination import Lesion, named_sequence
+from omnimri.examination import named_sequence
+from omnimri.lesions import Lesion, LesionRule, lesion_ranks
 from omnimri.measure import Measured
 from omnimri.tokens import digit_ids
 from omnimri.volume import Volume
+from stages.release import choose_rule
 
 
 def lesion(rank, side, place, ml=2.0, mm=18.0):
@@ -158,7 +161,8 @@ def test_a_lesion_is_seen_in_other_planes_too_and_reaches_to_its_edge(checkpoint
     from omnimri.examination import examine
     from omnimri.tasks import Segment
 
-    cube = Volume(torch.rand(1, 72, 72, 72, generator=torch.Generator().manual_seed(0)), torch.eye(4, dtype=torch.float64))
+    voxels = torch.rand(1, 72, 72, 72, generator=torch.Generator().manual_seed(0))
+    cube = Volume(voxels, torch.diag(torch.tensor([1.5, 1.5, 1.5, 1]).double()))
     seen_by_all, rim, alone = torch.zeros(3, 72, 72, 72, dtype=torch.bool)
     seen_by_all[20:30, 20:30, 20:30] = rim[19:31, 20:30, 20:30] = alone[50:60, 50:60, 50:60] = True
     asked = []
@@ -170,10 +174,47 @@ def test_a_lesion_is_seen_in_other_planes_too_and_reaches_to_its_edge(checkpoint
     monkeypatch.setattr(Segment, "read_lesion", probability)
     monkeypatch.setattr(Segment, "read", lambda self, *views: torch.full((72, 72, 72), 2, dtype=torch.int32))
     made = Assistant(checkpoint)
-    seen = examine(made.model, made.tokenizer, cube, lesion_threshold=0.9, least_lesion_ml=0.1)
+    seen = examine(made.model, made.tokenizer, cube, rule=LesionRule(sure=0.9))
     assert len(set(asked)) == 3
     assert len(seen.lesions) == 1
     assert torch.equal(seen.lesion_ranks == 1, rim)
+
+
+def test_where_one_lesion_is_sure_others_are_shown_from_a_lower_probability_on():
+    probability = torch.zeros(30, 30, 10)
+    brain = torch.ones_like(probability, dtype=torch.bool)
+    probability[2:8, 2:8, 2:8] = 0.7
+    probability[12:15, 12:15, 2:5] = 0.65
+    probability[20:22, 20:22, 2:4] = 0.45  # no seed
+    rule = LesionRule(sure=0.9, sure_alone=0.6, further=0.5, least_ml=0.008, weights=(1.0, 0.5, 0.0))
+    assert lesion_ranks(probability, brain, 0.001, rule, alone=False)[1] == []
+    assert lesion_ranks(probability, brain, 0.001, rule, alone=True)[1] == pytest.approx([0.7, 0.65])
+    probability[13, 13, 3] = 0.95
+    ranks, peaks = lesion_ranks(probability, brain, 0.001, rule, alone=False)
+    assert peaks == pytest.approx([0.7, 0.95])
+    assert int((ranks == 1).sum()) == 216
+    assert int((ranks == 2).sum()) == 27
+    assert lesion_ranks(probability, brain, 1.0, replace(rule, least_ml=30.0), alone=False)[1] == []  # the sure one is too small
+    assert rule.confidence(0.95, 0.95, 0.1) > rule.confidence(0.7, 0.95, 0.1) > rule.confidence(0.7, 0.8, 0.9)
+    assert LesionRule().confidence(0.9, 0.9, 0.4) == 0.4
+
+
+def test_the_rule_of_lesions_is_chosen_on_held_out_studies():
+    config = SimpleNamespace()
+    sick = [[(0.99, True), (0.75, True), (0.55, False), (0.62, None)]] * 20 + [[(0.6, True)]] * 4
+    normal = [[(0.93, False)]] * 1 + [[(0.7, False), (0.85, False)]] * 9 + [[]] * 20
+    told = choose_rule(config, sick + normal, [False] * 24 + [True] * 30, alone=0.98)
+    # One of 30 normal studies may be called sick; a third of the further lesions from 0.5 on would be wrong.
+    assert config.lesion_rule["sure"] == 0.9
+    assert config.lesion_rule["further"] == 0.6
+    assert (told["normal_with_a_finding"], told["shown"], told["sensitivity"]) == (1, 41, pytest.approx(20 / 24))
+    assert told["precision"] == pytest.approx(40 / 41)
+    rule = LesionRule.of(config)
+    assert rule.sure_alone == 0.98
+    assert rule.confidence(0.99, 0.99, 0.0) > 0.9 > 0.6 > rule.confidence(0.93, 0.93, 0.0)
+    choose_rule(config, [[(0.9995, False)]] * 4, [True] * 4, alone=0.9)
+    assert config.lesion_rule["sure"] > 1  # nothing is ever shown
+    assert "weights" not in config.lesion_rule
 
 
 def test_a_report_opens_with_its_plane(checkpoint, scan_file):

@@ -47,7 +47,8 @@ def test_questions_of_a_file_find_their_plain_wording(tmp_path):
 
 
 def test_structures_are_asked_for_where_they_are_shown():
-    one, other, plain = Pair("one", "Segment the left thalamus.", "x"), Pair("one", "Segment the 4th ventricle.", "y"), Pair("plane", "?", "z")
+    one, other = Pair("one", "Segment the left thalamus.", "x"), Pair("one", "Segment the 4th ventricle.", "y")
+    plain = Pair("plane", "What plane is this?", "z")
     assert dealt([one, other, plain, one], [{"left thalamus"}, set(), {"4th ventricle"}]) == [[one, one], [], [other, plain]]
     assert dealt([one], [set(), set()]) == [[one], []]  # none shows it
 
