@@ -212,7 +212,9 @@ def segment_turns(v: Voice, f: Facts) -> list[Message]:
 
 
 def detect_turns(v: Voice, f: Facts) -> list[Message]:
-    """Ask for lesions, and perhaps on about what was found."""
+    """Ask for lesions, and perhaps on about what was found; or at once for their number, the largest, or its lobe."""
+    if v.wide and uniform(v.g, 0, 1) < 0.35:
+        return pick(v.g, (count_turns, largest_turns, lobe_turns), (0.25, 0.25, 0.5))(v, f)
     if not f.places:
         answer = v.say(("<detect> No lesion is found.", "<detect> There is no focal lesion."),
                        ("<detect> No focal lesion is seen on this sequence.",))

@@ -25,7 +25,7 @@ from omnimri.anatomy import STRUCTURES
 from omnimri.answer import fill_slots, lesion_measures
 from omnimri.io import open_study, study_of
 from omnimri.lesions import Lesion
-from omnimri.measure import measure
+from omnimri.measure import measure, right_of_midline, side_of
 from omnimri.volume import KSpace, Study
 
 SCANS = Path(__file__).parent / "scans.tsv"
@@ -172,10 +172,11 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
     table = torch.tensor([0, *(s.label for s in STRUCTURES)])
     labels, lesions = (x.permute(2, 1, 0).contiguous() for x in (table[record.labels.long()], record.lesions))
     places = record.lesion_places or ()
-    measures = []
+    measures, sides = [], []
     for rank, place in enumerate(places, 1):
-        side = place.split()[0] if place.startswith(("left", "right")) else "midline"
-        lesion = Lesion(rank, side, place, measure(lesions == rank, volume, slice_axis=2), 1.0, 1.0)
+        # As of a finding: what lies on both sides has neither, whatever structure most of it is in.
+        sides.append(side_of(right_of_midline(torch.nonzero(lesions == rank), labels, volume.affine)))
+        lesion = Lesion(rank, sides[-1], place, measure(lesions == rank, volume, slice_axis=2), 1.0, 1.0)
         measures.append(lesion_measures(lesion, volume.shape[2]))
     # What a whole report says: a terse reference would call true sentences unsupported.
     told = describe.report(Voice(generator(SYNTHETIC_SEED, "reference", index), wide=True), describe.facts_of(record), terse=0.0)
@@ -189,7 +190,7 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
         record.sequence,
         record.plane,
         bool(places),
-        places[0].split()[0] if places and places[0].startswith(("left", "right")) else None,
+        sides[0] if sides else None,
         (lobe.split()[1],) if lobe else (),
         labels=labels.numpy(),
         lesions=((lesions > 0) & (lesions < 255)).numpy(),

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.describe import LEAST_PIXELS
-from omnimri.anatomy import NAMES, STRUCTURES
+from data_recipes.wording import REQUESTS
+from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS, STRUCTURES
 from omnimri.answer import Answer
 from omnimri.assistant import Assistant
 
@@ -90,6 +91,18 @@ def compare(pair: Pair, plain: Answer, other: Answer) -> tuple[bool, bool]:
     return right, same_facts(other, plain)
 
 
+def near_training(wordings: Iterable[str]) -> set[str]:
+    """Those that are wordings of the training grammar but for one word too many."""
+    weightings = (w.replace("-", sign) for w in SEQUENCE_WORDS.values() for sign in "- ")
+    names = (*NAMES, *GROUPS, *weightings)
+    known = [r.pattern(names) for r in REQUESTS.values()]
+
+    def shorter(words: list[str]) -> Iterable[str]:
+        return (" ".join(words[:k] + words[k + 1 :]) for k in range(len(words)))
+
+    return {w for w in wordings if any(p.fullmatch(less) for less in shorter(w.split()) for p in known)}
+
+
 def dealt(every: Sequence[Pair], shown: Sequence[Collection[str]]) -> list[list[Pair]]:
     """The pairs for each case: in turn, but for a structure by its name the next case that shows it, where one does.
 
@@ -108,10 +121,14 @@ def dealt(every: Sequence[Pair], shown: Sequence[Collection[str]]) -> list[list[
 
 def measure(assistant: Assistant, cases: Sequence[Case], questions: Path | None = None) -> dict[str, Any]:
     """Ask every pair of one of the cases."""
+    if not cases:
+        raise ValueError("expected one study or more to ask about, got none; raise --count")
     rows: list[dict[str, Any]] = []
     truths = [open_case(case)[1].labels for case in cases]
     shown = [{s.name for s in STRUCTURES if t is None or (t == s.label).sum() >= LEAST_PIXELS} for t in truths]
-    for case, some in zip(cases, dealt(pairs(questions), shown), strict=True):
+    every = pairs(questions)
+    near = near_training(p.other for p in every)
+    for case, some in zip(cases, dealt(every, shown), strict=True):
         study, _ = open_case(case)
         asked: dict[str, Answer] = {}
         for pair in some:
@@ -119,7 +136,8 @@ def measure(assistant: Assistant, cases: Sequence[Case], questions: Path | None 
                 if words not in asked:
                     asked[words] = assistant.answer(study, words)
             right, same = compare(pair, asked[pair.plain], asked[pair.other])
-            rows.append({"case": case.name, "request": pair.request, "asked": pair.other, "task": asked[pair.other].task,
+            rows.append({"case": case.name, "request": pair.request, "asked": pair.other, "near": pair.other in near,
+                         "task": asked[pair.other].task,
                          "task_right": right, "plain_task_right": compare(pair, asked[pair.plain], asked[pair.plain])[0],
                          "same_facts": same, "plain": asked[pair.plain].text[:300], "other": asked[pair.other].text[:300]})  # fmt: skip
         assistant.forget()
@@ -138,14 +156,15 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["# The same request in other words", "", f"{NOTICE} None of these wordings was trained on; 95 % intervals by Wilson.", ""]
     lines += [row("request", "task right", "same facts as the plain wording", "n"), row("---", "---", "---", "---")]
     rows = results["rows"]
-    for request in (*dict.fromkeys(r["request"] for r in rows), None):
-        some = [r for r in rows if request in (None, r["request"])]
+    told = {request: [r for r in rows if r["request"] == request] for request in dict.fromkeys(r["request"] for r in rows)}
+    told |= {"all": rows, "all that are one word from a training wording": [r for r in rows if r["near"]]}
+    for request, some in ((k, v) for k, v in told.items() if v):
         cells = []
         for key in ("task_right", "same_facts"):
             k = sum(r[key] for r in some)
             low, high = wilson(k, len(some))
             cells.append(f"{k / len(some):.2f} [{low:.2f}, {high:.2f}]")
-        lines.append(row(request or "all", *cells, len(some)))
+        lines.append(row(request, *cells, len(some)))
     lines += ["", "## Not right", "", row("request", "asked", "task", "answer", "answer to the plain wording"), row(*["---"] * 5)]
     for r in rows:
         if not (r["task_right"] and r["same_facts"]):

@@ -35,8 +35,8 @@ MIXTURE, CONSTANT, ZERO_FILLED, DEEPBET, WAVELET = (
     "deepbet",
     "sigpy L1-wavelet",
 )
-WHOLE_HEADS = ("colin", "freesurfer")
-"""Suites of whole heads, T1-weighted."""
+WHOLE_HEADS = ("Colin27", "multi_t1")
+"""Cases that are T1-weighted whole heads, as deepbet expects."""
 CONSTANT_REPORT = (
     "Axial T1-weighted MRI of the brain. The slices show the cerebral hemispheres and lateral ventricles. No focal lesion is seen. "
     "Impression: no focal lesion."
@@ -204,25 +204,26 @@ class Tissue:
         truth = s.truth
         grey = truth.grey if truth.grey is not None else None if truth.labels is None else np.isin(truth.labels, GREY)
         white = truth.white if truth.white is not None else None if truth.labels is None else np.isin(truth.labels, WHITE)
-        if predict.MODEL not in s.labels or (grey is None and truth.brain is None):
+        whole = s.case.name in WHOLE_HEADS
+        if predict.MODEL not in s.labels or (grey is None and not whole):
             return
         self.patients.append(s.case.patient)
         if grey is not None and white is not None:
             for system, labels in {**{k: as_truth(v) for k, v in s.labels.items()}, MIXTURE: mixture_of(s)}.items():
                 self._put("grey matter", system, dice(np.isin(labels, GREY), grey))
                 self._put("white matter and brain-stem", system, dice(np.isin(labels, WHITE), white))
-        if s.case.suite not in WHOLE_HEADS:
+        if not whole:
             return
         # Strippers differ in whether the fluid around the brain is brain: all labels, and the brain as strippers draw it.
         image, peer = image_of(s), predict.deepbet_mask(s.study)
         masks = {system: (ndimage.binary_fill_holes(labels > 0), brain_mask(torch.from_numpy(labels), s.study.primary.spacing_mm).numpy())
                  for system, labels in s.labels.items()}  # fmt: skip
         masks["whole head"] = (ndimage.binary_fill_holes(image > 0.1 * np.percentile(image, 99)),) * 2
-        for other, true in (("ch2bet", truth.brain), ("deepbet's", peer)):
+        for other, true in (("against ch2bet", truth.brain), ("agreement with deepbet", peer)):
             for system, both in {**masks, **({DEEPBET: (peer, peer)} if peer is not None and true is not peer else {})}.items():
                 for what, mask in zip(("all labels, holes filled", "the brain as strippers draw it"), both, strict=True):
                     if true is not None:
-                        self._put(f"{what}, against {other}", system, dice(mask, true))
+                        self._put(f"{what}, {other}", system, dice(mask, true))
 
     def _put(self, what: str, system: str, value: float) -> None:
         self.values.setdefault(what, {}).setdefault(system, []).append(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Sequence
@@ -64,7 +65,9 @@ def run(cases: Sequence[Case], out: Path, *, checkpoint: str | None, score_only:
     else:
         assistant = Assistant(checkpoint)
         name = "embedded" if checkpoint is None else Path(checkpoint).name
-        known = {"checkpoint": name, "checkpoint_sha256": assistant.digest, "key": f"{VERSION}:{assistant.digest}", "controls": controls}
+        chosen = hashlib.sha256(assistant.model.config.to_json_string().encode()).hexdigest()  # its thresholds
+        key = f"{VERSION}:{assistant.digest}:{chosen}"
+        known = {"checkpoint": name, "checkpoint_sha256": assistant.digest, "key": key, "controls": controls}
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(known))
         predict.predict(assistant, predict.MODEL, cases, out, key=known["key"])

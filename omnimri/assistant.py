@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,6 +48,8 @@ LEAST_VISIBLE = 25
 NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
+OF_THE_LARGEST = re.compile(r"The (?:largest lesion|lobe)")
+"""An answer about one lesion, which is not to tell of the others."""
 
 
 class StoppedError(ValueError):
@@ -64,6 +67,7 @@ class Assistant:
         """
         self.model, self.tokenizer, self.digest = load_model(checkpoint or EMBEDDED, device=device)
         self.name = "OmniMRI embedded" if checkpoint is None else Path(checkpoint).name
+        self.rule = LesionRule.of(self.model.config)
         self.no_digits = digit_ids(self.tokenizer)
         self._seen: OrderedDict[int, tuple[Volume, Examination]] = OrderedDict()
         self._lock = Lock()
@@ -79,7 +83,7 @@ class Assistant:
         key = id(volume)
         kept = self._seen.get(key)
         if kept is None or kept[0] is not volume:
-            seen = examine(self.model, self.tokenizer, volume, rule=LesionRule.of(self.model.config), check=_stopper(on_text))
+            seen = examine(self.model, self.tokenizer, volume, rule=self.rule, check=_stopper(on_text))
             # Another thread may forget at any time: what is returned is held here.
             self._seen[key] = kept = (volume, seen)
             while len(self._seen) > KEPT_EXAMINATIONS:
@@ -236,9 +240,8 @@ class Assistant:
         visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
         text, more = ground_anatomy(TASKS["report"].read(raw), visible, dict(s.split(": ") for s in seen.record.signal))
         notes += more
-        grounded = ground_lesions(
-            text, seen.lesions, exhaustive=chosen in ("report", "detect"), can_deny=can_deny
-        )
+        whole = chosen == "report" or (chosen == "detect" and not OF_THE_LARGEST.match(text))
+        grounded = ground_lesions(text, seen.lesions, exhaustive=whole, can_deny=can_deny)
         return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)
 

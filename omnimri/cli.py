@@ -181,19 +181,25 @@ def run_ask(args: Any) -> None:
 
 def run_segment(args: Any) -> None:
     """Omnimri segment."""
-    from .anatomy import resolve_names
+    import torch
+
+    from .anatomy import LESION_LABEL, resolve_names
     from .io.nifti import write_nifti
     from .measure import brain_mask
 
     resolve_names(args.structures)
     for out in filter(None, (args.out, args.brain)):
         _check_output(out)
+    if args.brain and Path(args.brain).resolve() == Path(args.out).resolve():
+        raise ValueError("expected two names for the label map and the brain mask, got one twice")
     study = _open(args)
     assistant = _assistant(args)
     answer = assistant.segment(study, args.structures)
     write_labels(answer, Path(args.out))
     if args.brain:
-        write_nifti(Path(args.brain), brain_mask(assistant.examine(study.primary).labels, study.primary.spacing_mm), study.primary.affine)
+        seen = assistant.examine(study.primary)
+        labels = torch.where(seen.lesion_ranks > 0, LESION_LABEL["left"], seen.labels)
+        write_nifti(Path(args.brain), brain_mask(labels, study.primary.spacing_mm), study.primary.affine)
     _print(answer, args.json)
 
 

@@ -32,8 +32,8 @@ MORE_SPACING_MM = 2.0
 """Distance of slices in the planes that a volume is looked at besides its own."""
 SAME_QUERY = 0.1
 """Relative distance up to which an answer's query is the standing one of its structure, whose mask is there already."""
-LEAST_EXTENT_MM = 105.0
-"""A slab thinner than this is looked at in its own plane only."""
+LEAST_EXTENT_MM, LEAST_CUBIC_MM = 105.0, 64.0
+"""A slab thinner than this, the second where no voxel side is over 1.5 times another, is looked at in its own plane only."""
 WIDEST_MM = 8.5
 """Slices further apart than this are looked at in their own plane only."""
 
@@ -146,7 +146,8 @@ def examine(
     for x, g in logits:
         probability += segment.read_lesion(x[-1], g) / len(logits)
     del logits
-    ranks, peaks = lesion_ranks(probability, labels > 0, volume.voxel_ml, rule, alone=len(views) == 1)
+    rule = rule.alone() if len(views) == 1 else rule
+    ranks, peaks = lesion_ranks(probability, labels > 0, volume.voxel_ml, rule)
     if score > 1.0:
         ranks, peaks = torch.zeros_like(ranks), []
         labels = torch.zeros_like(labels)
@@ -225,7 +226,8 @@ def doubt(probability_NKHW: Tensor) -> float:
 def more_planes(volume: Volume, plane: str) -> tuple[str, ...]:
     """The planes to look at besides the acquisition's: both, between thick slices by interpolation, but of a slab none."""
     spacing = volume.spacing_mm
-    if max(spacing) > WIDEST_MM or min(n * s for n, s in zip(volume.shape, spacing, strict=True)) < LEAST_EXTENT_MM:
+    least = LEAST_EXTENT_MM if max(spacing) > 1.5 * min(spacing) else LEAST_CUBIC_MM
+    if max(spacing) > WIDEST_MM or min(n * s for n, s in zip(volume.shape, spacing, strict=True)) < least:
         return ()
     return tuple(p for p in PLANES if p != plane)
 

@@ -6,7 +6,7 @@ Shapes: X Y Z the scan's own voxels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,18 +27,34 @@ class LesionRule:
     sure: float = 0.5
     """A study with no lesion that reaches this anywhere has none: of one that has, the others are likelier too."""
     sure_alone: float | None = None
-    """The same where one plane was looked at; `sure` where None."""
+    """What every lesion reaches where one plane was looked at; `sure` where None."""
     further: float | None = None
-    """What every shown lesion reaches somewhere; `sure` where None."""
+    """What every shown lesion reaches somewhere, where three planes were; `sure` where None."""
     least_ml: float = 0.05
     weights: tuple[float, float, float] | None = None
-    """Of the log odds of a lesion's peak, of those of the study's surest, and 1: the log odds that it touches a true lesion. Where
-    None, a lesion's confidence is its mean probability."""
+    """Of the log odds of a lesion's peak, of those of the study's surest, and 1: the log odds that it touches a true lesion, where
+    three planes were looked at. Otherwise, and where None, a lesion's confidence is its mean probability."""
 
     @classmethod
     def of(cls, config: Any) -> LesionRule:
-        """The rule of a checkpoint."""
-        return cls(**getattr(config, "lesion_rule", {}))
+        """The rule of a checkpoint; this one's defaults where it has none.
+
+        Raises:
+            ValueError: it has another form.
+        """
+        told = getattr(config, "lesion_rule", {})
+        try:
+            rule = cls(**told)
+            rule.confidence(0.5, 0.5, sum(v for v in (rule.sure, rule.sure_alone, rule.further, rule.least_ml) if v is not None))
+        except (TypeError, ValueError):
+            names = ", ".join(f.name for f in fields(cls))
+            raise ValueError(f"expected a lesion_rule of {names} in the checkpoint, got another; release it again") from None
+        return rule
+
+    def alone(self) -> LesionRule:
+        """The rule where one plane was looked at."""
+        sure = self.sure if self.sure_alone is None else self.sure_alone
+        return replace(self, sure=sure, further=None, weights=None)
 
     def confidence(self, peak: float, surest: float, mean: float) -> float:
         """How likely a lesion touches a true one, by its peak, that of the study's surest, and its mean probability."""
@@ -72,21 +88,19 @@ class Lesion:
     """`hyperintense` or `hypointense` to white matter, as measured; or neither."""
 
 
-def lesion_ranks(probability: Tensor, brain: Tensor, voxel_ml: float, rule: LesionRule, *, alone: bool) -> tuple[Tensor, list[float]]:
+def lesion_ranks(probability: Tensor, brain: Tensor, voxel_ml: float, rule: LesionRule) -> tuple[Tensor, list[float]]:
     """Lesions (X, Y, Z) uint8 by falling volume, 0 elsewhere, and the highest probability in each; none where none is sure.
 
     Args:
         probability: (X, Y, Z) mean over the planes.
         brain: (X, Y, Z) bool, where lesions may be.
-        alone: One plane was looked at.
     """
-    sure = rule.sure_alone if alone and rule.sure_alone is not None else rule.sure
-    seeds = (probability > (sure if rule.further is None else rule.further)) & brain
+    seeds = (probability > (rule.sure if rule.further is None else rule.further)) & brain
     least = max(1, round(rule.least_ml / voxel_ml))
     ranks, sizes = rank_components(((probability > LESION_EDGE) | seeds) & brain, least=least, seeds=seeds)
     ranks = torch.where(ranks == 255, 0, ranks).to(torch.uint8)
     peaks = torch.zeros(len(sizes) + 1).scatter_reduce_(0, ranks.flatten().long(), probability.flatten(), "amax").tolist()[1:]
-    return (ranks, peaks) if max(peaks, default=0.0) > sure else (torch.zeros_like(ranks), [])
+    return (ranks, peaks) if max(peaks, default=0.0) > rule.sure else (torch.zeros_like(ranks), [])
 
 
 def measured_lesion(rank: int, ranks: Tensor, labels: Tensor, confidence: float, volume: Volume, grid: Grid, boxes: list) -> Lesion:

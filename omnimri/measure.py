@@ -47,20 +47,27 @@ def brain_mask(labels: Tensor, spacing_mm: Sequence[float], *, sulcus_mm: float 
     and without the fluid around it, which SynthSeg's maps count in.
 
     Args:
-        sulcus_mm: Gaps of up to twice this width are closed.
+        labels: FreeSurfer's; lesions (25, 57) are tissue.
+        sulcus_mm: Gaps of up to twice this width are closed, on voxels of 1 mm or more.
     """
     from scipy import ndimage
 
     tissue = ((labels > 0) & (labels != FLUID_LABEL)).cpu().numpy()
     if not tissue.any():
         return torch.from_numpy(tissue)
-    pad = [int(sulcus_mm / mm) + 2 for mm in spacing_mm]
+    step = [max(1, int(1 / mm)) for mm in spacing_mm]
+    mm = [s * k for s, k in zip(spacing_mm, step, strict=True)]
+    pad = [int(sulcus_mm / x) + 2 for x in mm]
     box = tuple(slice(int(w.min()), int(w.max()) + 1) for w in np.nonzero(tissue))
-    inside = np.pad(tissue[box], [(p, p) for p in pad])
-    near = ndimage.distance_transform_edt(~inside, sampling=spacing_mm) <= sulcus_mm
-    closed = ndimage.distance_transform_edt(near, sampling=spacing_mm) > sulcus_mm
+    inside = np.pad(tissue[box][tuple(slice(None, None, k) for k in step)], [(p, p) for p in pad])
+    near = ndimage.distance_transform_edt(~inside, sampling=mm) <= sulcus_mm
+    closed = ndimage.distance_transform_edt(near, sampling=mm) > sulcus_mm
     whole = tissue.copy()
-    whole[box] |= ndimage.binary_fill_holes(closed | inside)[tuple(slice(p, -p) for p in pad)]
+    filled = closed[tuple(slice(p, -p) for p in pad)]
+    for axis, k in enumerate(step):
+        filled = np.repeat(filled, k, axis)
+    whole[box] |= filled[tuple(slice(0, s.stop - s.start) for s in box)]
+    whole[box] = ndimage.binary_fill_holes(whole[box])
     return torch.from_numpy(whole)
 
 

@@ -31,10 +31,12 @@ python -m stages pretrain --init "$runs/reconstruct" --out "$runs/large" --data 
     --set word_share=0.3 --set stem_widths=32,64,128,256,320 --set text_layers=6 --set vocab_size=1600 "${scale[@]}"
 python -m stages instruct --init "$runs/large" --out "$runs/instruct2" --data "$data" --set seed=12 --set steps=1449 --set mask_share=0.1 --set word_share=0.6 \
     "${scale[@]}"
-# How people ask, in 1.2 million wordings: words alone, of which eight rows in a row are about one study. An hour and a half of a core and
-# a half.
-python -m stages pretrain --init "$runs/instruct2" --out "$runs/words2" --data "$data" --set recipe=synthetic --set seed=21 --set workers=1 \
-    --set attention=sdpa --set steps=950 --set warmup=20 --set batch_size=24 --set tellings=8 --set num_slices=4 --set max_slices=4 --set kspace_size=0 \
-    --set mask_share=0 --set word_share=0.999 --set image_share=0 --set 'learning_rate.vision.*=0' --set 'learning_rate.projector.*=0' \
-    --set 'learning_rate.language.*=0.0006' --set 'learning_rate.heads.segment.query.*=0.0006' --set 'learning_rate.heads.*=0'
-python -m stages.release "$runs/words2" --data "$data" --out omnimri/embedded --count 200
+# How people ask: words alone, of which eight rows in a row are about one study. Twice, the second time with ten times as many wordings and questions
+# on lobes asked at once; an hour of a core and a half each.
+spoken=(--data "$data" --set recipe=synthetic --set seed=21 --set workers=1 --set attention=sdpa --set warmup=20 --set batch_size=24 --set tellings=8
+    --set num_slices=4 --set max_slices=4 --set kspace_size=0 --set mask_share=0 --set word_share=0.999 --set image_share=0 --set 'learning_rate.vision.*=0'
+    --set 'learning_rate.projector.*=0' --set 'learning_rate.language.*=0.0006' --set 'learning_rate.heads.segment.query.*=0.0006'
+    --set 'learning_rate.heads.*=0')
+python -m stages pretrain --init "$runs/instruct2" --out "$runs/words2" --set steps=950 "${spoken[@]}"
+python -m stages pretrain --init "$runs/words2" --out "$runs/words3" --set steps=900 "${spoken[@]}"
+python -m stages.release "$runs/words3" --data "$data" --out omnimri/embedded --count 200

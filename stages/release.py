@@ -34,8 +34,10 @@ SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which a lesion may be shown."""
-LEAST_FURTHER_PRECISION = 0.85
+LEAST_FURTHER_PRECISION = 0.9
 """Smallest share of right ones among the lesions shown in held-out studies that have a sure one."""
+LEAST_NORMAL = 10
+"""Fewest normal held-out heads that the rule of lesions may rest on."""
 LEAST_LESION_ML = 0.1
 HEAD_SLICES = 24
 """Slices of a whole head for the rule of lesions."""
@@ -166,16 +168,18 @@ def choose_rule(config: Any, studies: list[list[tuple[float, bool | None]]], nor
     def precision(found: list[tuple[float, float, bool]]) -> float:
         return sum(ok for *_, ok in found) / max(1, len(found))
 
-    sure = min((t for t in THRESHOLDS if alarms(t) <= FALSE_ALARM_SHARE), default=NEVER)
-    further = min((t for t in THRESHOLDS if 0.5 <= t < sure and precision(shown(sure, t)) >= LEAST_FURTHER_PRECISION), default=sure)
+    tried = [t for t in THRESHOLDS if t >= LesionRule.sure] if sum(normal) >= LEAST_NORMAL else []
+    sure = min((t for t in tried if alarms(t) <= FALSE_ALARM_SHARE), default=NEVER)
+    further = min((t for t in tried if t < sure and precision(shown(sure, t)) >= LEAST_FURTHER_PRECISION), default=sure)
     found = shown(sure, further)
     config.lesion_rule = {"sure": sure, "sure_alone": alone, "further": further, "least_ml": LEAST_LESION_ML}
     if {ok for *_, ok in found} == {True, False}:
         config.lesion_rule["weights"] = log_odds_weights(found)
-    sick = [top for n, top in zip(normal, surest, strict=True) if not n]
-    config.lesion_sensitivity = sum(top > sure for top in sick) / max(1, len(sick))
+    sick = [s for s, n in zip(studies, normal, strict=True) if not n]
+    hit = [any(p > sure for p, _ in s) and any(ok and p > further for p, ok in s) for s in sick]
+    config.lesion_sensitivity = sum(hit) / max(1, len(sick))
     told = {"normal": sum(normal), "normal_with_a_finding": round(alarms(sure) * sum(normal)), "with_lesions": len(sick),
-            "sensitivity": config.lesion_sensitivity, "shown": len(found), "precision": precision(found)}  # fmt: skip
+            "seen": sum(hit), "shown": len(found), "precision": precision(found)}  # fmt: skip
     return config.lesion_rule | told
 
 
@@ -229,6 +233,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, heads: A
     sequence = sequence_thresholds(model, records, looks)
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
     lesions = lesion_rule(model, tokenizer, heads, count=count // 2, alone=alone)
+    model.config.lesion_sensitivity = min(model.config.lesion_sensitivity, tried.get(alone, (0.0, 0.0))[1])
     return {
         "scope_limit": float(model.scope_limit),
         "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},
@@ -269,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         provenance = json.loads((source / "provenance.json").read_text())
         if args.keep_calibration:
             told = next((p["calibration"] for p in reversed(provenance["before"]) if "calibration" in p), None)
-            if told is None:
+            if told is None or not hasattr(model.config, "lesion_rule"):
                 raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
         else:
             told = calibrate(model, tokenizer, training, held_out, heads, count=args.count)
@@ -281,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_model(model, tokenizer, partial, provenance=provenance, state=rounded)
-        (partial / "README.md").write_text((Path(__file__).parent / "model_card.md").read_text())
+        (partial / "README.md").write_text((Path(__file__).parent / "model_card.md").read_text().format(**told["lesions"]))
         publish(partial, args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

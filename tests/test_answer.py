@@ -12,7 +12,7 @@ from omnimri.anatomy import SEQUENCES
 from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_plane, ground_sequence, lesion_measures
 from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
-from omnimri.examination import named_sequence
+from omnimri.examination import more_planes, named_sequence
 from omnimri.lesions import Lesion, LesionRule, lesion_ranks
 from omnimri.measure import Measured
 from omnimri.tokens import digit_ids
@@ -187,16 +187,21 @@ def test_where_one_lesion_is_sure_others_are_shown_from_a_lower_probability_on()
     probability[12:15, 12:15, 2:5] = 0.65
     probability[20:22, 20:22, 2:4] = 0.45  # no seed
     rule = LesionRule(sure=0.9, sure_alone=0.6, further=0.5, least_ml=0.008, weights=(1.0, 0.5, 0.0))
-    assert lesion_ranks(probability, brain, 0.001, rule, alone=False)[1] == []
-    assert lesion_ranks(probability, brain, 0.001, rule, alone=True)[1] == pytest.approx([0.7, 0.65])
+    assert lesion_ranks(probability, brain, 0.001, rule)[1] == []
+    assert lesion_ranks(probability, brain, 0.001, rule.alone())[1] == pytest.approx([0.7, 0.65])
+    assert lesion_ranks(probability, brain, 0.001, replace(rule, sure_alone=0.68).alone())[1] == pytest.approx([0.7])
     probability[13, 13, 3] = 0.95
-    ranks, peaks = lesion_ranks(probability, brain, 0.001, rule, alone=False)
+    ranks, peaks = lesion_ranks(probability, brain, 0.001, rule)
     assert peaks == pytest.approx([0.7, 0.95])
     assert int((ranks == 1).sum()) == 216
     assert int((ranks == 2).sum()) == 27
-    assert lesion_ranks(probability, brain, 1.0, replace(rule, least_ml=30.0), alone=False)[1] == []  # the sure one is too small
+    assert lesion_ranks(probability, brain, 1.0, replace(rule, least_ml=30.0))[1] == []  # the sure one is too small
     assert rule.confidence(0.95, 0.95, 0.1) > rule.confidence(0.7, 0.95, 0.1) > rule.confidence(0.7, 0.8, 0.9)
-    assert LesionRule().confidence(0.9, 0.9, 0.4) == 0.4
+    assert LesionRule().confidence(0.9, 0.9, 0.4) == rule.alone().confidence(0.9, 0.9, 0.4) == 0.4
+    assert LesionRule.of(SimpleNamespace(lesion_rule={"sure": 0.7, "weights": [1, 0, 0]})).confidence(0.8, 0.9, 0.0) == pytest.approx(0.8)
+    for other in (None, {"unsure": 1}, {"sure": "0.5"}, {"weights": [1.0]}, {"further": []}):
+        with pytest.raises(ValueError, match="lesion_rule"):
+            LesionRule.of(SimpleNamespace(lesion_rule=other))
 
 
 def test_the_rule_of_lesions_is_chosen_on_held_out_studies():
@@ -207,14 +212,28 @@ def test_the_rule_of_lesions_is_chosen_on_held_out_studies():
     # One of 30 normal studies may be called sick; a third of the further lesions from 0.5 on would be wrong.
     assert config.lesion_rule["sure"] == 0.9
     assert config.lesion_rule["further"] == 0.6
-    assert (told["normal_with_a_finding"], told["shown"], told["sensitivity"]) == (1, 41, pytest.approx(20 / 24))
+    assert (told["normal_with_a_finding"], told["shown"], told["seen"]) == (1, 41, 20)
     assert told["precision"] == pytest.approx(40 / 41)
     rule = LesionRule.of(config)
     assert rule.sure_alone == 0.98
     assert rule.confidence(0.99, 0.99, 0.0) > 0.9 > 0.6 > rule.confidence(0.93, 0.93, 0.0)
-    choose_rule(config, [[(0.9995, False)]] * 4, [True] * 4, alone=0.9)
-    assert config.lesion_rule["sure"] > 1  # nothing is ever shown
-    assert "weights" not in config.lesion_rule
+    for studies in ([[(0.9995, False)]] * 10, [[]] * 9):
+        choose_rule(config, studies, [True] * len(studies), alone=0.9)
+        assert config.lesion_rule["sure"] > 1  # nothing is ever shown: all would be false; too few to tell
+        assert "weights" not in config.lesion_rule
+    choose_rule(config, [[(0.99, False)]] * 5 + [[]] * 10, [False] * 5 + [True] * 10, alone=0.9)
+    assert config.lesion_rule["sure"] == 0.5  # lower ones were not looked at
+    assert config.lesion_sensitivity == 0  # what is shown in sick studies is false
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "more"),
+    [((192, 192, 30), (1.0, 1.0, 5.0), 2), ((192, 192, 20), (1.0, 1.0, 5.0), 0), ((192, 192, 16), (1.0, 1.0, 9.0), 0),
+     ((100, 100, 100), (1.0, 1.0, 1.0), 2), ((192, 192, 1), (1.0, 1.0, 5.0), 0), ((60, 60, 60), (1.0, 1.0, 1.0), 0)],
+)  # fmt: skip
+def test_all_but_slabs_are_looked_at_in_three_planes(shape, spacing, more):
+    volume = Volume(torch.zeros(1, *shape), torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64)))
+    assert len(set(more_planes(volume, "axial")) - {"axial"}) == more
 
 
 def test_a_report_opens_with_its_plane(checkpoint, scan_file):

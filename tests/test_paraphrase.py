@@ -10,7 +10,7 @@ import torch
 
 from data_recipes.recipe import generator
 from data_recipes.wording import REQUESTS, Voice
-from eval.paraphrase import SAID, Pair, compare, dealt, markdown, pairs
+from eval.paraphrase import SAID, Pair, compare, dealt, markdown, near_training, pairs
 from eval.planted import ORDERS, agreement, burn, same_findings
 from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS
 from omnimri.overlay import without_overlay
@@ -53,6 +53,11 @@ def test_structures_are_asked_for_where_they_are_shown():
     assert dealt([one], [set(), set()]) == [[one], []]  # none shows it
 
 
+def test_wordings_a_word_from_training_are_told_apart():
+    near = "Please kindly outline the left thalamus."
+    assert near_training([near, "Sing about the left thalamus."]) == {near}
+
+
 def answer(text="", task="text", findings=(), structures=(), ranks=None):
     return SimpleNamespace(text=text, task=task, findings=findings, structures=structures, lesion_ranks=ranks)
 
@@ -69,7 +74,8 @@ def test_facts_are_compared_and_not_words():
     assert compare(one, outlined, answer("Here it is.", "segment", structures=(shown,))) == (True, True)
     assert compare(one, outlined, answer("Here it is.", "segment")) == (True, False)
     assert compare(Pair("off", "", "Sing."), same, answer("I can only speak about what this study shows.")) == (True, True)
-    row = {"request": "off", "asked": "Sing.", "task": "text", "task_right": True, "same_facts": False, "plain": "a | b", "other": "c"}
+    row = {"request": "off", "asked": "Sing.", "near": False, "task": "text", "task_right": True, "same_facts": False, "plain": "a | b",
+           "other": "c"}  # fmt: skip
     assert "| off | Sing. | text | c | a / b |" in markdown({"rows": [row]})
 
 

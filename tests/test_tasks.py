@@ -105,3 +105,6 @@ def test_a_brain_mask_closes_sulci_and_leaves_the_fluid_around():
     wide[5:30, 9:21] = FLUID_LABEL  # 12 mm: no sulcus
     assert not bool(brain_mask(wide, (1.0, 1.0, 4.0))[5:15, 13:17].any())
     assert not bool(brain_mask(torch.zeros_like(labels), (1.0, 1.0, 4.0)).any())
+    fine = labels.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    again = brain_mask(fine, (0.5, 0.5, 4.0))
+    assert float((again != mask.repeat_interleave(2, 0).repeat_interleave(2, 1)).float().mean()) < 0.01

@@ -193,7 +193,7 @@ FACT_METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "contradictions",
-        "contradicting negations, sides, sizes (20 %) and sequences for each fact said",
+        "contradicting negations, sides, sizes (20 %) and sequences (T1w for T1w-Gd is none) for each fact said",
         fact_statistics,
         lambda s: ratio(s[..., 3], s[..., 1]),
         higher_is_better=False,
