@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from omnimri.anatomy import NAMES, PLANES
 from omnimri.example import Record
 from omnimri.grid import COLUMNS, NEIGHBOUR_MM, NORMAL, ROWS
-from omnimri.measure import place_of, rank_components
+from omnimri.measure import lobe_of, place_of, rank_components
 
 from .acquisition import acquire, draw_quality, simulate_kspace
 from .head import Lattice, Lookup, draw_warp
@@ -349,29 +349,3 @@ def lesions_of(
         told.append(kinds[int(torch.mode(owner[where].flatten()).values)])
         found[where] = len(places)
     return found, tuple(places), tuple(told)
-
-
-def lobe_of(place: str, at: Tensor) -> str:
-    """Lobe of a lesion in cerebral white matter or cortex, by planes that stand for the sulci; empty near a border.
-
-    Args:
-        place: Its structure.
-        at: (3,) its middle in the brain's box: 0 left, posterior, inferior; 1 right, anterior, superior.
-    """
-    side, _, tissue = place.partition(" ")
-    if tissue not in ("cerebral white matter", "cerebral cortex"):
-        return ""
-    x, y, z = at.tolist()
-    central = 0.42 + 0.22 * (1 - z)  # the central sulcus runs forward as it descends
-    occipital = 0.16 + 0.12 * (1 - z)
-    sylvian = 0.42 + 0.12 * (0.5 - y)
-    lateral = abs(x - 0.5) > 0.22
-    if min(abs(y - central) + (z < sylvian), abs(y - occipital), abs(z - sylvian) + (not lateral)) < 0.05:
-        return ""
-    if y < occipital:
-        return f"{side} occipital lobe"
-    if lateral and z < sylvian and y < 0.78:
-        return f"{side} temporal lobe"
-    if not lateral and z < 0.4 and y < central:
-        return ""
-    return f"{side} frontal lobe" if y > central else f"{side} parietal lobe"

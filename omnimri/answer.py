@@ -28,6 +28,7 @@ _ONE = re.compile(r"\b(one|a single) lesion\b", re.IGNORECASE)
 _DISEASE = re.compile(r"\b(mass|tumou?r|\w*glioma|meningioma|metasta\w+|infarct|stroke|ha?emorrhage|bleed|abscess|demyelination"
                       r"|small-vessel)\b", re.IGNORECASE)
 _INTENSITY = re.compile(r"\bhyp(?:er|o)intense\b")
+_LOBE = re.compile(r"^The (?:largest lesion lies in the .*\blobe\b|lobe cannot be told)")
 _MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
 _PLANE = re.compile(r"\b(axial|coronal|sagittal|oblique)\b", re.IGNORECASE)
 _ASKS_PLANE = re.compile(r"\b(plane|orientation)\b", re.IGNORECASE)
@@ -193,6 +194,18 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
     if not kept and not can_deny:
         kept.append(UNJUDGED)
     return Grounded(" ".join(kept) or "I cannot tell from this study.", tuple(shown), tuple(dict.fromkeys(notes)))
+
+
+def ground_lobe(text: str, lesions: tuple[Lesion, ...]) -> tuple[str, tuple[str, ...]]:
+    """The text with the lobe of the largest lesion as its mask measures it, whatever the model said; and notes."""
+    if not lesions or not _LOBE.search(text):
+        return text, ()
+    first = lesions[0]
+    untold = f"The lobe cannot be told; the largest lesion lies in the {first.place}."
+    said = f"The largest lesion lies in the {first.lobe}." if first.lobe else untold
+    same = any(s == said for s in sentences(text))
+    kept = [said if _LOBE.search(s) else s for s in sentences(text)]
+    return " ".join(kept), () if same else ("the lobe of the largest lesion is told as its mask measures it",)
 
 
 def ground_plane(question: str, raw: str, plane: str) -> tuple[str, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from .answer import (
     fill_slots,
     ground_anatomy,
     ground_lesions,
+    ground_lobe,
     ground_plane,
     ground_sequence,
     lesion_measures,
@@ -239,6 +240,8 @@ class Assistant:
         counts = torch.bincount(seen.labels.flatten(), minlength=256)
         visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
         text, more = ground_anatomy(TASKS["report"].read(raw), visible, dict(s.split(": ") for s in seen.record.signal))
+        notes += more
+        text, more = ground_lobe(text, seen.lesions)
         notes += more
         whole = chosen == "report" or (chosen == "detect" and not OF_THE_LARGEST.match(text))
         grounded = ground_lesions(text, seen.lesions, exhaustive=whole, can_deny=can_deny)

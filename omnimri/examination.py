@@ -18,7 +18,7 @@ from .example import LESION_CLASS, Example, Record, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
 from .lesions import Lesion, LesionRule, lesion_ranks, measured_lesion
-from .measure import lesion_signals, right_of_midline, signal_profile, signal_words
+from .measure import brain_box, lesion_signals, right_of_midline, signal_profile, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
 from .overlay import BURNT, without_overlay
@@ -151,9 +151,9 @@ def examine(
     if score > 1.0:
         ranks, peaks = torch.zeros_like(ranks), []
         labels = torch.zeros_like(labels)
-    boxes = Detect().read(heat, grid)
+    boxes, brain = Detect().read(heat, grid), brain_box(labels, volume.affine)
     lesions = tuple(
-        measured_lesion(rank, ranks, labels, rule.confidence(peak, max(peaks), mean), volume, grid, boxes)
+        measured_lesion(rank, ranks, labels, rule.confidence(peak, max(peaks), mean), volume, grid, boxes, brain)
         for rank, peak in enumerate(peaks, 1)
         for mean in (float(probability[ranks == rank].mean()),)
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .measure import Measured, location, measure, rank_components, right_of_midline, side_of
+from .measure import Measured, lobe_of, location, measure, rank_components, right_of_midline, side_of
 from .volume import Volume
 
 LESION_EDGE = 0.35
@@ -84,6 +84,8 @@ class Lesion:
     """How likely it touches a true lesion (`LesionRule.confidence`)."""
     detected: float
     """Best score of a detection whose centre lies in the lesion's box; 0 without one."""
+    lobe: str = ""
+    """Such as `left frontal lobe`; empty where it lies in none, near a border, or the brain is not whole."""
     signal: str = ""
     """`hyperintense` or `hypointense` to white matter, as measured; or neither."""
 
@@ -103,8 +105,13 @@ def lesion_ranks(probability: Tensor, brain: Tensor, voxel_ml: float, rule: Lesi
     return (ranks, peaks) if max(peaks, default=0.0) > rule.sure else (torch.zeros_like(ranks), [])
 
 
-def measured_lesion(rank: int, ranks: Tensor, labels: Tensor, confidence: float, volume: Volume, grid: Grid, boxes: list) -> Lesion:
-    """Measure one lesion."""
+def measured_lesion(rank: int, ranks: Tensor, labels: Tensor, confidence: float, volume: Volume, grid: Grid, boxes: list,
+                    brain: tuple[Tensor, Tensor] | None = None) -> Lesion:  # fmt: skip
+    """Measure one lesion.
+
+    Args:
+        brain: `omnimri.measure.brain_box`, by which its lobe is told.
+    """
     mask = ranks == rank
     measured = measure(mask, volume, slice_axis=grid.axes[0])
     low, high = (torch.tensor(c) for c in measured.box_mm)
@@ -114,4 +121,7 @@ def measured_lesion(rank: int, ranks: Tensor, labels: Tensor, confidence: float,
         if bool((centre >= low).all() and (centre <= high).all()):
             detected = max(detected, box.score)
     side = side_of(right_of_midline(torch.nonzero(mask), labels, volume.affine)) if volume.oriented else "unknown"
-    return Lesion(rank, side, location(mask, labels), measured, confidence, detected)
+    place, lobe = location(mask, labels), ""
+    if brain is not None and volume.oriented:
+        lobe = lobe_of(place, (torch.tensor(measured.centre_mm, dtype=torch.float64) - brain[0]) / (brain[1] - brain[0]))
+    return Lesion(rank, side, place, measured, confidence, detected, lobe)

@@ -14,6 +14,8 @@ from .anatomy import NAMES, STRUCTURES, WHITE_CLASSES, join
 from .volume import Volume
 
 MAX_INSTANCES = 250
+LEAST_BRAIN_MM = 100.0
+"""Of a brain that is smaller in any direction a part is missing."""
 FLUID_LABEL = 24
 """FreeSurfer's number of fluid that is in no ventricle."""
 
@@ -277,6 +279,42 @@ def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
         out += [ratio(middle), min(3.0, (high - low) / level), 1.0] if len(group) >= 20 else [0.0, 0.0, 0.0]
     out += [ratio(v) for v in (*at(groups[0], _OUTSIDE), *at(inside, _INSIDE))]
     return torch.tensor([*out, math.log(level)], device=image.device)
+
+
+def lobe_of(place: str, at: Tensor) -> str:
+    """Lobe of a lesion in cerebral white matter or cortex, by planes that stand for the sulci; empty near a border.
+
+    Args:
+        place: Its structure.
+        at: (3,) its middle in the brain's box: 0 left, posterior, inferior; 1 right, anterior, superior.
+    """
+    side, _, tissue = place.partition(" ")
+    if tissue not in ("cerebral white matter", "cerebral cortex"):
+        return ""
+    x, y, z = at.tolist()
+    central = 0.42 + 0.22 * (1 - z)  # the central sulcus runs forward as it descends
+    occipital = 0.16 + 0.12 * (1 - z)
+    sylvian = 0.42 + 0.12 * (0.5 - y)
+    lateral = abs(x - 0.5) > 0.22
+    if min(abs(y - central) + (z < sylvian), abs(y - occipital), abs(z - sylvian) + (not lateral)) < 0.05:
+        return ""
+    if y < occipital:
+        return f"{side} occipital lobe"
+    if lateral and z < sylvian and y < 0.78:
+        return f"{side} temporal lobe"
+    if not lateral and z < 0.4 and y < central:
+        return ""
+    return f"{side} frontal lobe" if y > central else f"{side} parietal lobe"
+
+
+def brain_box(labels: Tensor, affine: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Lowest and highest corner of the brain's tissue, RAS+ mm; None where too little of it is seen to tell lobes by."""
+    where = torch.nonzero((labels > 0) & (labels != FLUID_LABEL))[::7]
+    if len(where) < 1000:
+        return None
+    world = where.double() @ affine[:3, :3].T + affine[:3, 3]
+    low, high = world.quantile(0.002, 0), world.quantile(0.998, 0)
+    return (low, high) if bool((high - low >= LEAST_BRAIN_MM).all()) else None
 
 
 def size_word(diameter_mm: float) -> str:

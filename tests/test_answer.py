@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from omnimri.anatomy import SEQUENCES
-from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_plane, ground_sequence, lesion_measures
+from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_lobe, ground_plane, ground_sequence, lesion_measures
 from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
 from omnimri.examination import more_planes, named_sequence
 from omnimri.lesions import Lesion, LesionRule, lesion_ranks
-from omnimri.measure import Measured
+from omnimri.measure import Measured, brain_box, lobe_of
 from omnimri.tokens import digit_ids
 from omnimri.volume import Volume
 from stages.release import choose_rule
@@ -298,3 +298,20 @@ def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch
         monkeypatch.setattr(examination, "scope_score", lambda *_, score=score: score)
         made.forget()
         assert made.answer(open_study(scan_file), "What sequence is this?").study["sequence"] == told
+
+
+def test_a_lobe_is_told_as_the_mask_measures_it():
+    box = brain_box(torch.ones(120, 150, 110, dtype=torch.int32), torch.eye(4, dtype=torch.float64))
+    assert box is not None
+    assert brain_box(torch.ones(120, 150, 60, dtype=torch.int32), torch.eye(4, dtype=torch.float64)) is None  # not whole
+    places = ((0.2, 0.8, 0.7, "left frontal lobe"), (0.8, 0.3, 0.7, "right parietal lobe"), (0.85, 0.4, 0.2, "right temporal lobe"),
+              (0.4, 0.05, 0.5, "left occipital lobe"), (0.4, 0.52, 0.6, ""))  # fmt: skip
+    for *at, lobe in places:
+        assert lobe_of(f"{'left' if at[0] < 0.5 else 'right'} cerebral white matter", torch.tensor(at)) == lobe
+    assert lobe_of("left thalamus", torch.tensor([0.2, 0.8, 0.7])) == ""
+    text = "The largest lesion lies in the left parietal lobe. It is large."
+    said, notes = ground_lobe(text, (replace(LEFT, lobe="left frontal lobe"),))
+    assert (said, len(notes)) == ("The largest lesion lies in the left frontal lobe. It is large.", 1)
+    assert ground_lobe(said, (replace(LEFT, lobe="left frontal lobe"),)) == (said, ())
+    assert ground_lobe(text, (LEFT,))[0].startswith(f"The lobe cannot be told; the largest lesion lies in the {LEFT.place}.")
+    assert ground_lobe("The hippocampus is a part of the temporal lobe.", (LEFT,))[1] == ()
