@@ -30,8 +30,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture(scope="module")
 def assistant(checkpoint):
-    """Untrained: it finds many lesions, none of them real."""
-    return Assistant(checkpoint)
+    """Untrained: in one plane it finds many lesions, none of them real and none that three planes agree on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("omnimri.examination.more_planes", lambda volume, plane: ())
+        yield Assistant(checkpoint)
 
 
 @pytest.fixture(scope="module")
