@@ -91,11 +91,16 @@ def compare(pair: Pair, plain: Answer, other: Answer) -> tuple[bool, bool]:
     return right, same_facts(other, plain)
 
 
-def near_training(wordings: Iterable[str]) -> set[str]:
-    """Those that are wordings of the training grammar but for one word too many."""
+def training_patterns() -> dict[str, re.Pattern[str]]:
+    """For each request what fits any wording of the training grammar."""
     weightings = (w.replace("-", sign) for w in SEQUENCE_WORDS.values() for sign in "- ")
     names = (*NAMES, *GROUPS, *weightings)
-    known = [r.pattern(names) for r in REQUESTS.values()]
+    return {request: r.pattern(names) for request, r in REQUESTS.items()}
+
+
+def near_training(wordings: Iterable[str]) -> set[str]:
+    """Those that are wordings of the training grammar but for one word too many."""
+    known = training_patterns().values()
 
     def shorter(words: list[str]) -> Iterable[str]:
         return (" ".join(words[:k] + words[k + 1 :]) for k in range(len(words)))

@@ -10,17 +10,15 @@ import torch
 
 from data_recipes.recipe import generator
 from data_recipes.wording import REQUESTS, Voice
-from eval.paraphrase import SAID, Pair, compare, dealt, markdown, near_training, pairs
+from eval.paraphrase import SAID, Pair, compare, dealt, markdown, near_training, pairs, training_patterns
 from eval.planted import ORDERS, agreement, burn, same_findings
-from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS
 from omnimri.overlay import without_overlay
 from omnimri.volume import Volume
 
 
 def test_no_paraphrase_was_trained_on():
     """None is a wording of the grammar, for any request; every wording that is drawn is one, but for slips of the fingers."""
-    weightings = [w.replace("-", sign) for w in SEQUENCE_WORDS.values() for sign in "- "]
-    known = {name: r.pattern((*NAMES, *GROUPS, *weightings)) for name, r in REQUESTS.items()}
+    known = training_patterns()
     for name, pattern in known.items():
         voice = Voice(generator(0, name), True)
         assert sum(bool(pattern.fullmatch(voice.ask(name, "left putamen"))) for _ in range(100)) > 75
