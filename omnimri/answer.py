@@ -203,9 +203,9 @@ def ground_lobe(text: str, lesions: tuple[Lesion, ...]) -> tuple[str, tuple[str,
     first = lesions[0]
     untold = f"The lobe cannot be told; the largest lesion lies in the {first.place}."
     said = f"The largest lesion lies in the {first.lobe}." if first.lobe else untold
-    same = any(s == said for s in sentences(text))
-    kept = [said if _LOBE.search(s) else s for s in sentences(text)]
-    return " ".join(kept), () if same else ("the lobe of the largest lesion is told as its mask measures it",)
+    before = list(sentences(text))
+    after = [said if _LOBE.search(s) else s for s in before]
+    return " ".join(after), () if after == before else ("the lobe of the largest lesion is told as its mask measures it",)
 
 
 def ground_plane(question: str, raw: str, plane: str) -> tuple[str, tuple[str, ...]]:
