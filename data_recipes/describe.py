@@ -184,17 +184,19 @@ def report(v: Voice, f: Facts, *, terse: float = 0.2) -> str:
 def segment_turns(v: Voice, f: Facts) -> list[Message]:
     """Ask for one structure, perhaps the other side after it, for both sides, or for everything."""
     kind = uniform(v.g, 0, 1)
-    if kind < 0.2:
+    if kind < (0.28 if v.wide else 0.2):
         answer = v.say(("Every structure is outlined <segment>.",), ("All structures are outlined <segment>.",
                                                              "Outlined: every structure <segment>."))
         return [Message("user", v.ask("all")), Message("assistant", answer)]
     pairs = [n.removeprefix("left ") for n in f.visible if n.startswith("left") and n.replace("left", "right", 1) in f.visible]
-    if v.wide and pairs and kind < 0.28:
+    if v.wide and pairs and kind < 0.38:
         stem = pick(v.g, pairs)
         answer = f"The left {stem} <segment> has <ml> ml, the right {stem} <segment> <ml> ml."
         return [Message("user", v.ask("both sides", stem)), Message("assistant", answer)]
     absent = [n for n in NAMES if n not in f.visible]
     name = pick(v.g, absent) if absent and uniform(v.g, 0, 1) < 0.15 else pick(v.g, f.visible or NAMES)
+    if v.wide and "brain-stem" in f.visible and uniform(v.g, 0, 1) < 0.06:
+        name = "brain-stem"  # of whose visibility is asked so often that it would be all that is heard
     turns = []
     for n in (name, name.replace("left", "\0").replace("right", "left").replace("\0", "right")):
         ask = v.ask("other side", n.split()[0]) if turns else v.ask("one", n)
@@ -269,8 +271,8 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
     words, plane = f.words, f.plane
     kinds = {"both": 0.16, "sequence": 0.14, "plane": 0.1, "weighting": 0.1, "contrast": 0.1, "visible": 0.14, "signal": 0.08,
              "level": 0.06, "parameter": 0.06, "off": 0.06}
-    if v.wide:
-        kinds |= {"limits": 0.06, "organ": 0.07, "modality": 0.06, "knowledge": 0.14, "off": 0.3}
+    if v.wide:  # what is asked rarely is learnt all the same
+        kinds |= {"limits": 0.05, "organ": 0.14, "modality": 0.1, "knowledge": 0.12, "off": 0.26, "level": 0.2}
     kind = pick(v.g, tuple(kinds), tuple(kinds.values()))
     if kind == "both":
         ask = v.ask("sequence and plane")
@@ -349,16 +351,18 @@ TURNS = (segment_turns, detect_turns, report_turns, reconstruct_turns, question_
 
 
 def describe(record: Record, g: torch.Generator, *, wide: bool = False) -> Record:
-    """Add caption, facts and conversations: two to ten drawn exchanges, of which reports take most of the words.
+    """Add caption, facts and conversations: drawn exchanges, of which reports take most of the words.
 
     Args:
         wide: In every wording, with what lesions may be; or plainly.
     """
     assert record.labels is not None
     assert record.lesions is not None
-    record = replace(record, signal=signal_words(normalise(record.images)[:, 1], record.labels, record.lesions))
+    if not record.signal:  # told once more otherwise
+        record = replace(record, signal=signal_words(normalise(record.images)[:, 1], record.labels, record.lesions))
     f, v = facts_of(record), Voice(g, wide)
-    exchanges = [pick(g, TURNS, (0.27, 0.18, 0.14, 0.12, 0.29))(v, f) for _ in range(pick(g, (2, 4, 6, 8, 10)))]
+    shares, most = ((0.26, 0.19, 0.1, 0.1, 0.35), (4, 6, 8, 10, 12)) if wide else ((0.27, 0.18, 0.14, 0.12, 0.29), (2, 4, 6, 8, 10))
+    exchanges = [pick(g, TURNS, shares)(v, f) for _ in range(pick(g, most))]
     return replace(
         record,
         caption=report(v, f),

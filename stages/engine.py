@@ -59,6 +59,10 @@ class Objective(nn.Module, ABC):
         """Modules whose inputs always have one shape: what `compile` compiles."""
         return []
 
+    def word_parts(self) -> list[nn.Module]:
+        """Modules whose inputs are as long as texts are: compiled once for any length."""
+        return []
+
 
 class Source(Protocol):
     """Training examples as a pure function of their index."""
@@ -101,7 +105,7 @@ class FitConfig:
     attention: str = "eager"
     """On CPUs: eager, or sdpa, whose backward pass takes longer for short texts and whose forward pass less for long ones."""
     compile: bool = False
-    """Compile the objective's dense parts (torch.compile; needs a C++ compiler on CPUs)."""
+    """Compile the objective's dense parts and the language model's blocks (torch.compile; needs a C++ compiler on CPUs)."""
     save_every: int = 200
     keep: int = 2
     validate_every: int = 200
@@ -215,8 +219,10 @@ def fit(
     if accelerator.device.type == "cpu":
         objective.model.language.set_attn_implementation(config.attention)
     groups = parameter_groups(objective, config)
-    for part in objective.dense_parts() if config.compile else ():
-        part.compile(dynamic=False)
+    if config.compile:
+        for parts, dynamic in ((objective.dense_parts(), False), (objective.word_parts(), True)):
+            for part in parts:
+                part.compile(dynamic=dynamic)
     start = 0
     if resumed is not None:
         start = _restore(resumed, objective)

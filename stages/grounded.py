@@ -122,6 +122,10 @@ class GroundedDialogue(Objective):
         """The encoder and the pixel decoder."""
         return [self.model.vision, self.model.heads["pixels"]]
 
+    def word_parts(self) -> list[torch.nn.Module]:
+        """The blocks of the language model."""
+        return list(self.model.language.model.layers)
+
     def terms(self, losses: Losses) -> dict[str, Term]:
         """Weighted."""
         return {k: Term(total, count.float(), WEIGHTS[k.removeprefix("asked_")]) for k, (total, count) in losses.items()}
