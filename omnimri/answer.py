@@ -255,6 +255,9 @@ def ground_sequence(raw: str, plane: str) -> tuple[str, tuple[str, ...]]:
 
 _GROUP = "|".join(map(re.escape, GROUPS))
 _GROUP_LIST = re.compile(rf"(?:{_GROUP})(?:(?:, | and )(?:{_GROUP}))*", re.IGNORECASE)
+_SEEN = re.compile(rf"(?:Yes|No), the ({_GROUP}) (is|are) (?:not )?visible\.")
+_UNSEEN = re.compile(r"(?:The (.+?) (?:is|are) not visible in these slices|These slices do not show the (.+?)|I cannot see the (.+?) here)"
+                     r"\.?")
 _SIGNAL = re.compile(
     r"(cerebrospinal fluid|grey matter) is ((?:much )?(?:brighter|darker)|similar) (?:than|to) white matter", re.IGNORECASE)
 
@@ -271,6 +274,12 @@ def ground_anatomy(raw: str, visible: Collection[str], signal: Mapping[str, str]
     """
     shown, kept, notes = groups_of(visible), [], []
     for sentence in sentences(raw):
+        if asked := _SEEN.fullmatch(sentence):
+            group, verb = asked.groups()
+            kept.append(f"Yes, the {group} {verb} visible." if group in shown else f"No, the {group} {verb} not visible.")
+            if kept[-1] != sentence:
+                notes.append("whether anatomy is visible is told as the masks show it")
+            continue
         told = {k.lower(): v.lower() for k, v in _SIGNAL.findall(sentence)}
         if any(signal.get(k) != v for k, v in told.items()):
             notes.append("a sentence on signal was replaced by what the masks measure")
@@ -282,6 +291,15 @@ def ground_anatomy(raw: str, visible: Collection[str], signal: Mapping[str, str]
             sentence = sentence[: listed.start()] + join(left) + sentence[listed.end() :] if left else ""
         kept.append(sentence)
     return " ".join(s for s in kept if s), tuple(dict.fromkeys(notes))
+
+
+def ground_unseen(raw: str, visible: Collection[str]) -> tuple[str, tuple[str, ...]]:
+    """The outline of a structure that has a mask, where a text says that it cannot be seen; other texts as they are; and notes."""
+    denied = _UNSEEN.fullmatch(raw)
+    name = next(filter(None, denied.groups())) if denied else ""
+    if name not in visible:
+        return raw, ()
+    return f"Outlined: the {name} <segment>, <ml> ml.", (f"the model said that the {name} cannot be seen, but it has a mask",)
 
 
 def _place_fits(sentence: str, lesion: Lesion) -> bool:

@@ -24,6 +24,7 @@ from .answer import (
     ground_lobe,
     ground_plane,
     ground_sequence,
+    ground_unseen,
     lesion_measures,
     sentences,
 )
@@ -32,7 +33,7 @@ from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
 from .example import LESION_CLASS, language_slices, named_class, segment_classes
 from .generation import generate
-from .knowledge import GENERAL
+from .knowledge import GENERAL, as_known
 from .lesions import LesionRule
 from .measure import measure
 from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
@@ -212,13 +213,21 @@ class Assistant:
         opening = self.tokenizer(f" {seen.grid.plane.capitalize()}", add_special_tokens=False)["input_ids"]
         written = generate(self.model, self.tokenizer, ids, seen, self.no_digits, on_text, beams, opening)
         raw = prefix + self.tokenizer.decode(written, skip_special_tokens=False).replace("<|im_end|>", "")
-        raw = raw.replace("<|endoftext|>", "").strip()
+        raw = as_known(raw.replace("<|endoftext|>", "").strip())
         if task == "segment" and "<segment>" not in raw:
             raw = "Every structure is outlined <segment>."
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-        raw, notes = ground_sequence(raw, seen.plane) if seen.sequence == "other" and raw not in GENERAL else (raw, ())
+        if raw in GENERAL:
+            return self._answer(study, seen, raw, "text", torch.zeros_like(seen.labels), ())
+        raw, notes = ground_sequence(raw, seen.plane) if seen.sequence == "other" else (raw, ())
         raw, more = ground_plane(question, raw, seen.plane)
         notes += more
+        counts = torch.bincount(seen.labels.flatten(), minlength=256)
+        visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
+        raw, more = ground_unseen(raw, visible)
+        notes += more
+        if more:
+            written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
         if chosen is None:
             chosen = "segment" if "<segment>" in raw else "text"
@@ -228,8 +237,6 @@ class Assistant:
             nothing = torch.zeros_like(seen.labels)
             return self._answer(study, seen, "", chosen, nothing, (), raw=raw) if made else self._answer(
                 study, seen, NO_RAW_DATA, "text", nothing, ())
-        if raw in GENERAL:
-            return self._answer(study, seen, raw, "text", torch.zeros_like(seen.labels), ())
         asked = names_in(question)
         if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
             raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)
@@ -237,8 +244,6 @@ class Assistant:
             notes += ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
         can_deny = getattr(self.model.config, "lesion_sensitivity", 0.0) >= LEAST_SENSITIVITY
-        counts = torch.bincount(seen.labels.flatten(), minlength=256)
-        visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
         text, more = ground_anatomy(TASKS["report"].read(raw), visible, dict(s.split(": ") for s in seen.record.signal))
         notes += more
         text, more = ground_lobe(text, seen.lesions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 KNOWLEDGE = (
     # (its name, its questions besides "What is ...?", the answer)
     ("a FLAIR sequence", ("What does a FLAIR show?", "What is FLAIR good for?", "What is FLAIR?", "What does FLAIR stand for?"),
@@ -78,3 +80,9 @@ KNOWLEDGE = (
 )  # fmt: skip
 GENERAL = frozenset(answer for _, _, answer in KNOWLEDGE)
 """Answers that speak of no study; they are given word for word or not at all."""
+
+
+def as_known(said: str) -> str:
+    """The general answer that a text nearly is, word for word; the text itself where it is near none."""
+    near = [said] if said in GENERAL else get_close_matches(said, GENERAL, n=1, cutoff=0.75)
+    return near[0] if near else said

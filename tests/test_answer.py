@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from omnimri.anatomy import SEQUENCES
-from omnimri.answer import fill_slots, ground_anatomy, ground_lesions, ground_lobe, ground_plane, ground_sequence, lesion_measures
+from omnimri.answer import (
+    fill_slots,
+    ground_anatomy,
+    ground_lesions,
+    ground_lobe,
+    ground_plane,
+    ground_sequence,
+    ground_unseen,
+    lesion_measures,
+)
 from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
 from omnimri.examination import more_planes, named_sequence
@@ -142,12 +151,23 @@ MEASURED = "Cerebrospinal fluid is much darker than white matter and grey matter
      (MEASURED, (), SIGNAL, MEASURED),
      ("Cerebrospinal fluid is brighter than white matter.", (), SIGNAL, MEASURED),
      ("Grey matter is similar to white matter.", (), {}, ""),
+     ("No, the brain-stem is not visible.", (), {}, "No, the brain-stem is not visible."),
+     ("No, the thalami are not visible.", ("left thalamus",), {}, "Yes, the thalami are visible."),
+     ("Yes, the brain-stem is visible.", (), {}, "No, the brain-stem is not visible."),
      ("Grey matter is darker than white matter.", (), SIGNAL, "Grey matter is darker than white matter.")],
 )
 def test_normal_anatomy_is_told_as_the_masks_show_it(raw, visible, signal, said):
     text, notes = ground_anatomy(raw, visible, signal)
     assert text == said
     assert bool(notes) == (said != raw)
+
+
+def test_what_has_a_mask_is_not_said_to_be_out_of_sight():
+    """Whatever the model says, in each of its wordings."""
+    for said in ("The 4th ventricle is not visible in these slices.", "These slices do not show the 4th ventricle.",
+                 "I cannot see the 4th ventricle here."):
+        assert ground_unseen(said, {"4th ventricle"})[0] == "Outlined: the 4th ventricle <segment>, <ml> ml."
+        assert ground_unseen(said, {"brain-stem"}) == (said, ())
 
 
 @pytest.mark.parametrize(("axis", "count", "cited"), [(2, 60, "1.2.41"), (0, 60, None), (2, 0, None)])
@@ -265,14 +285,17 @@ def test_a_query_that_is_the_standing_one_draws_no_second_mask(checkpoint, scan_
 def test_what_is_known_in_general_is_said_word_for_word(checkpoint, scan_file, monkeypatch):
     """A sentence on lesions needs pixels, unless it is one of those that speak of no study."""
     from omnimri import Assistant, assistant, open_study
-    from omnimri.knowledge import GENERAL, KNOWLEDGE
+    from omnimri.knowledge import GENERAL, KNOWLEDGE, as_known
 
     told = KNOWLEDGE[0][2]
     assert "lesions" in told
     made = Assistant(checkpoint)
-    for said, kept in ((told, True), (told.replace("is suppressed", "is bright"), False)):
+    planes = [answer for _, _, answer in KNOWLEDGE if "axial" in answer or "coronal" in answer or "sagittal" in answer]
+    assert len(planes) == 3  # whatever the plane of this study is
+    for said, text in ((told, told), (told.replace("is suppressed", "is bright"), told), *zip(planes, planes, strict=True)):
         monkeypatch.setattr(assistant, "generate", lambda *_, said=said: made.tokenizer(said, add_special_tokens=False)["input_ids"])
-        assert (made.answer(open_study(scan_file), "What is a FLAIR sequence?").text == said) is kept
+        assert made.answer(open_study(scan_file), "What is a FLAIR sequence?").text == text
+    assert as_known("The slices are axial.") == "The slices are axial."
     assert len(GENERAL) == len(KNOWLEDGE)
 
 
