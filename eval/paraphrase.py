@@ -1,7 +1,8 @@
 """Paraphrases: the same request in other words, of which none was trained on. Is the task the same, are the facts?
 
-`paraphrases.tsv` holds a request, its plain wording and another one; questions that people asked of MR images come from a file
-(VQA-Med 2019: `image|category|question|answer`).
+`paraphrases.tsv` holds a request, its plain wording, another one, and whose it is: `own`, or `independent`, by a writer who knew the
+requests and saw neither grammar nor model (what the grammar happens to hold is left out). Questions that people asked of MR images come
+from a file (VQA-Med 2019: `image|category|question|answer`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Pair:
     request: str
     plain: str
     other: str
+    bank: str = "own"
 
 
 def pairs(questions: Path | None = None) -> list[Pair]:
@@ -59,7 +61,7 @@ def pairs(questions: Path | None = None) -> list[Pair]:
         ValueError: a line of the file has other columns.
     """
     with BANK.open(encoding="utf-8") as f:
-        found = [Pair(r["request"], r["plain"], r["paraphrase"]) for r in csv.DictReader(f, delimiter="\t")]
+        found = [Pair(r["request"], r["plain"], r["paraphrase"], r["bank"]) for r in csv.DictReader(f, delimiter="\t")]
     told = questions.read_text(encoding="utf-8").splitlines() if questions else []
     for line in dict.fromkeys(" ".join(x.split("|", 1)[-1].rsplit("|", 1)[0].split()) for x in told if x.strip()):
         category, _, question = line.partition("|")
@@ -69,7 +71,7 @@ def pairs(questions: Path | None = None) -> list[Pair]:
         request, plain, match = fits[0]
         plain = plain.format(*(g.upper() for g in match.groups()))
         if re.findall(r"\w+", plain.lower()) != re.findall(r"\w+", question.lower()):
-            found.append(Pair(request, plain, question))
+            found.append(Pair(request, plain, question, "file"))
     return found
 
 
@@ -141,7 +143,7 @@ def measure(assistant: Assistant, cases: Sequence[Case], questions: Path | None 
                 if words not in asked:
                     asked[words] = assistant.answer(study, words)
             right, same = compare(pair, asked[pair.plain], asked[pair.other])
-            rows.append({"case": case.name, "request": pair.request, "asked": pair.other, "near": pair.other in near,
+            rows.append({"case": case.name, "request": pair.request, "bank": pair.bank, "asked": pair.other, "near": pair.other in near,
                          "task": asked[pair.other].task,
                          "task_right": right, "plain_task_right": compare(pair, asked[pair.plain], asked[pair.plain])[0],
                          "same_facts": same, "plain": asked[pair.plain].text[:300], "other": asked[pair.other].text[:300]})  # fmt: skip
@@ -162,6 +164,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [row("request", "task right", "same facts as the plain wording", "n"), row("---", "---", "---", "---")]
     rows = results["rows"]
     told = {request: [r for r in rows if r["request"] == request] for request in dict.fromkeys(r["request"] for r in rows)}
+    told |= {f"all of the bank {bank}": [r for r in rows if r["bank"] == bank] for bank in ("own", "file", "independent")}
     told |= {"all": rows, "all that are one word from a training wording": [r for r in rows if r["near"]]}
     for request, some in ((k, v) for k, v in told.items() if v):
         cells = []

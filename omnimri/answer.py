@@ -29,6 +29,7 @@ _DISEASE = re.compile(r"\b(mass|tumou?r|\w*glioma|meningioma|metasta\w+|infarct|
                       r"|small-vessel)\b", re.IGNORECASE)
 _INTENSITY = re.compile(r"\bhyp(?:er|o)intense\b")
 _LOBE = re.compile(r"^The (?:largest lesion lies in the .*\blobe\b|lobe cannot be told)")
+_SIDE = re.compile(r"^(?:The largest lesion is on the (?:left|right)|It lies in the midline)\.$")
 _MANY = re.compile(r"<count> lesions|\bseveral lesions\b|\bmultiple lesions\b", re.IGNORECASE)
 _PLANE = re.compile(r"\b(axial|coronal|sagittal|oblique)\b", re.IGNORECASE)
 _ASKS_PLANE = re.compile(r"\b(plane|orientation)\b", re.IGNORECASE)
@@ -196,16 +197,18 @@ def ground_lesions(raw: str, lesions: tuple[Lesion, ...], *, exhaustive: bool, c
     return Grounded(" ".join(kept) or "I cannot tell from this study.", tuple(shown), tuple(dict.fromkeys(notes)))
 
 
-def ground_lobe(text: str, lesions: tuple[Lesion, ...]) -> tuple[str, tuple[str, ...]]:
-    """The text with the lobe of the largest lesion as its mask measures it, whatever the model said; and notes."""
-    if not lesions or not _LOBE.search(text):
+def ground_place(text: str, lesions: tuple[Lesion, ...]) -> tuple[str, tuple[str, ...]]:
+    """The text with lobe and side of the largest lesion as its mask measures them, whatever the model said; and notes."""
+    if not lesions:
         return text, ()
     first = lesions[0]
     untold = f"The lobe cannot be told; the largest lesion lies in the {first.place}."
-    said = f"The largest lesion lies in the {first.lobe}." if first.lobe else untold
+    lobe = f"The largest lesion lies in the {first.lobe}." if first.lobe else untold
+    side = {"unknown": "The side cannot be told.", "midline": "The largest lesion lies on both sides of the midline."}.get(
+        first.side, f"The largest lesion is on the {first.side}.")
     before = list(sentences(text))
-    after = [said if _LOBE.search(s) else s for s in before]
-    return " ".join(after), () if after == before else ("the lobe of the largest lesion is told as its mask measures it",)
+    after = [lobe if _LOBE.search(s) else side if _SIDE.search(s) else s for s in before]
+    return (text, ()) if after == before else (" ".join(after), ("where the largest lesion lies is told as its mask measures it",))
 
 
 def ground_plane(question: str, raw: str, plane: str) -> tuple[str, tuple[str, ...]]:
@@ -355,5 +358,5 @@ def lesion_measures(lesion: Lesion, num_slices: int) -> dict[str, str]:
         "<mm>": f"{m.diameter_mm:.0f}",
         "<size>": size_word(m.diameter_mm),
         "<slice>": str(m.slice_index + 1),
-        "cite": f"(slice {m.slice_index + 1} of {num_slices})",
+        "cite": f"(slice {m.slice_index + 1} of {num_slices}{', on both sides of the midline' if lesion.side == 'midline' else ''})",
     }

@@ -21,7 +21,7 @@ from .answer import (
     fill_slots,
     ground_anatomy,
     ground_lesions,
-    ground_lobe,
+    ground_place,
     ground_plane,
     ground_sequence,
     ground_unseen,
@@ -47,6 +47,7 @@ MAX_HISTORY = 8
 KEPT_EXAMINATIONS = 2
 LEAST_VISIBLE = 25
 """Voxels of a mask from which on its structure may be called visible."""
+UNLIKE = "I cannot judge this study: it is unlike the images I was trained on."
 NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
@@ -70,6 +71,7 @@ class Assistant:
         self.model, self.tokenizer, self.digest = load_model(checkpoint or EMBEDDED, device=device)
         self.name = "OmniMRI embedded" if checkpoint is None else Path(checkpoint).name
         self.rule = LesionRule.of(self.model.config)
+        self.can_deny = getattr(self.model.config, "lesion_sensitivity", 0.0) >= LEAST_SENSITIVITY
         self.no_digits = digit_ids(self.tokenizer)
         self._seen: OrderedDict[int, tuple[Volume, Examination]] = OrderedDict()
         self._lock = Lock()
@@ -121,7 +123,7 @@ class Assistant:
         wanted = resolve_names(structures)
         with self._lock:
             seen = self.examine(study.primary)
-            return self._answer(study, seen, "", "segment", seen.labels, wanted)
+            return self._answer(study, seen, "" if seen.in_scope else UNLIKE, "segment", seen.labels, wanted)
 
     # --- answering --------------------------------------------------------------------------------------------
 
@@ -198,8 +200,7 @@ class Assistant:
         volume = study.named(question) or study.primary
         seen = self.examine(volume, on_text)
         if not seen.in_scope:
-            return self._answer(study, seen, "I cannot judge this study: it is unlike the images I was trained on.",
-                                task or "text", torch.zeros_like(seen.labels), ())
+            return self._answer(study, seen, UNLIKE, task or "text", torch.zeros_like(seen.labels), ())
         study_card = card(seen.grid.plane, seen.sequence, seen.record.lesion_places, seen.record.signal)
         prefix = "" if task in (None, "segment") else TASKS[task].token
         tokens = len(language_slices(seen.grid.size[0], self.model.config.max_slices)) * self.model.config.tokens_per_slice
@@ -243,13 +244,12 @@ class Assistant:
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
             notes += ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
-        can_deny = getattr(self.model.config, "lesion_sensitivity", 0.0) >= LEAST_SENSITIVITY
         text, more = ground_anatomy(TASKS["report"].read(raw), visible, dict(s.split(": ") for s in seen.record.signal))
         notes += more
-        text, more = ground_lobe(text, seen.lesions)
+        text, more = ground_place(text, seen.lesions)
         notes += more
         whole = chosen == "report" or (chosen == "detect" and not OF_THE_LARGEST.match(text))
-        grounded = ground_lesions(text, seen.lesions, exhaustive=whole, can_deny=can_deny)
+        grounded = ground_lesions(text, seen.lesions, exhaustive=whole, can_deny=self.can_deny)
         return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)
 
@@ -308,6 +308,8 @@ class Assistant:
         told = seen.lesions if LESION in wanted or task in ("detect", "report") else lesions
         if len(study.volumes) > 1:
             notes = (f"answered on {volume.name} ({seen.sequence}) of {len(study.volumes)} series; name another to ask about it", *notes)
+        if not seen.in_scope:
+            notes = ("nothing is outlined: the study is unlike the images the model was trained on", *notes)
         warnings = (*study.warnings, *seen.notes, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
         if not volume.oriented:
             warnings = (*warnings, "sides are unknown: the file gives no orientation")

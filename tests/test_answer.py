@@ -13,7 +13,7 @@ from omnimri.answer import (
     fill_slots,
     ground_anatomy,
     ground_lesions,
-    ground_lobe,
+    ground_place,
     ground_plane,
     ground_sequence,
     ground_unseen,
@@ -333,8 +333,18 @@ def test_a_lobe_is_told_as_the_mask_measures_it():
         assert lobe_of(f"{'left' if at[0] < 0.5 else 'right'} cerebral white matter", torch.tensor(at)) == lobe
     assert lobe_of("left thalamus", torch.tensor([0.2, 0.8, 0.7])) == ""
     text = "The largest lesion lies in the left parietal lobe. It is large."
-    said, notes = ground_lobe(text, (replace(LEFT, lobe="left frontal lobe"),))
+    said, notes = ground_place(text, (replace(LEFT, lobe="left frontal lobe"),))
     assert (said, len(notes)) == ("The largest lesion lies in the left frontal lobe. It is large.", 1)
-    assert ground_lobe(said, (replace(LEFT, lobe="left frontal lobe"),)) == (said, ())
-    assert ground_lobe(text, (LEFT,))[0].startswith(f"The lobe cannot be told; the largest lesion lies in the {LEFT.place}.")
-    assert ground_lobe("The hippocampus is a part of the temporal lobe.", (LEFT,))[1] == ()
+    assert ground_place(said, (replace(LEFT, lobe="left frontal lobe"),)) == (said, ())
+    assert ground_place(text, (LEFT,))[0].startswith(f"The lobe cannot be told; the largest lesion lies in the {LEFT.place}.")
+    assert ground_place("The hippocampus is a part of the temporal lobe.", (LEFT,))[1] == ()
+
+
+def test_a_lesion_on_both_sides_is_said_to_be_on_both():
+    both = replace(LEFT, side="midline")
+    assert ground_place("The largest lesion is on the right.", (both,))[0] == "The largest lesion lies on both sides of the midline."
+    assert ground_place("The largest lesion is on the right.", (LEFT,))[0] == "The largest lesion is on the left."
+    assert ground_place("The largest lesion is on the left.", (LEFT,)) == ("The largest lesion is on the left.", ())
+    assert ground_place("It lies in the midline.", (replace(LEFT, side="unknown"),))[0] == "The side cannot be told."
+    assert lesion_measures(both, 50)["cite"] == "(slice 42 of 50, on both sides of the midline)"
+    assert lesion_measures(LEFT, 50)["cite"] == "(slice 42 of 50)"

@@ -170,6 +170,11 @@ def test_what_is_no_head_gets_an_abstention(capsys, tmp_path, kind):
     assert told["text"].startswith("I cannot judge this study")
     assert not told["findings"]
     assert not any(s["voxels"] for s in told.get("structures", []))
+    status, out, err = run(capsys, "segment", path, "--out", tmp_path / "seg.nii.gz", "--brain", tmp_path / "brain.nii.gz")
+    assert status == 0
+    assert "I cannot judge this study" in out
+    assert "nothing is outlined" in err
+    assert not np.asarray(nibabel.load(tmp_path / "brain.nii.gz").dataobj).any()
 
 
 def test_turning_the_array_with_its_affine_changes_no_mask(capsys, head, thick, tmp_path):

@@ -70,6 +70,7 @@ def test_resume_is_bit_identical(stage, workers, config, tokenizer, tmp_path, ca
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_training_resumes_bit_identically_and_agrees(config, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("stages.grounded.GroundedDialogue.dense_parts", lambda self: [self.model.heads["pixels"].mix[0]])  # seconds
+    monkeypatch.setattr("stages.grounded.GroundedDialogue.word_parts", lambda self: [self.model.language.model.layers[0].mlp])
     shares = (0.8, 0.05)
     last = run("pretrain", config, tokenizer, tmp_path / "whole", workers=0, compile=True, shares=shares)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -72,8 +72,8 @@ def test_facts_are_compared_and_not_words():
     assert compare(one, outlined, answer("Here it is.", "segment", structures=(shown,))) == (True, True)
     assert compare(one, outlined, answer("Here it is.", "segment")) == (True, False)
     assert compare(Pair("off", "", "Sing."), same, answer("I can only speak about what this study shows.")) == (True, True)
-    row = {"request": "off", "asked": "Sing.", "near": False, "task": "text", "task_right": True, "same_facts": False, "plain": "a | b",
-           "other": "c"}  # fmt: skip
+    row = {"request": "off", "bank": "own", "asked": "Sing.", "near": False, "task": "text", "task_right": True, "same_facts": False,
+           "plain": "a | b", "other": "c"}  # fmt: skip
     assert "| off | Sing. | text | c | a / b |" in markdown({"rows": [row]})
 
 
