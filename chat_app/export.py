@@ -87,6 +87,8 @@ def write_files(session: Session, folder: Path) -> list[Path]:
     model = {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest}
     report = session.review.report(session.num_slices())
     report = f"{report}\n\n{session.told}" if session.told else report
+    if not session.shown.oriented:
+        report = f"{report}\n\nSides are unknown: the file gives no orientation."
     signed = signature(session)
     (folder / "report.md").write_text(f"{report}\n\n{signed}\n")
     told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE}

@@ -192,8 +192,7 @@ class Page:
                 yield gr.skip(), chat, *keep, ""
         except GeneratorExit:
             if session.opened == opened:
-                said = "" if chat[-1]["content"].startswith(LOOKING) else chat[-1]["content"]
-                session.say(question, f"{said} *(stopped)*".strip())
+                session.say(question, "*(stopped)*")  # what was written so far was not held against the masks yet
             raise
         finally:
             stopped.set()

@@ -17,7 +17,8 @@ from omnimri.answer import NOTICE, Answer, sentences
 STATES = ("open", "accepted", "rejected")
 MOST_WORDS = 200
 """Characters of an edited place or comment."""
-_OF_LESIONS = re.compile(rf"\b({LESION}s?|mass|tumou?r|infarct|haemorrhage|metasta\w+|glioma|meningioma|abscess)\b", re.IGNORECASE)
+_OF_LESIONS = re.compile(rf"\b({LESION}s?|mass|tumou?r|infarct|haemorrhage|metasta\w+|glioma|meningioma|abscess)\b"
+                         r"|listed with the findings", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ class Review:
                 raise ValueError(f"expected at most {MOST_WORDS} characters, got {len(plain)}; shorten it")
             if name == "comment" or plain:
                 self._change(number, name, plain)
-            side = re.search(r"\b(left|right)\b", plain) if name == "place" else None
-            if side:
-                self._change(number, "side", side[1])
+            sides = {s.lower() for s in re.findall(r"\b(?:left|right)\b", plain, re.IGNORECASE)} if name == "place" else set()
+            if sides:
+                self._change(number, "side", sides.pop() if len(sides) == 1 else "midline")
 
     def _change(self, number: int, name: str, after: str) -> None:
         if number not in self.items:

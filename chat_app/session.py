@@ -278,7 +278,9 @@ class Session:
         self._save()
 
     def is_of_shown(self, answer: Answer) -> bool:
-        """Whether an answer's masks lie on the series that the viewer shows."""
+        """Whether an answer's masks are of the series that the viewer shows: another on the same lattice has other findings."""
+        if self.shown is not None and answer.study.get("used", self.shown.name) != self.shown.name:
+            return False
         if answer.labels is None or answer.affine is None or self.shown is None:
             return True
         return answer.labels.shape == self.shown.shape and torch.equal(answer.affine, self.shown.affine)

@@ -117,16 +117,29 @@ def resolve_names(request: str) -> tuple[str, ...]:
 
 
 _BOTH = re.compile(r"\b(left|right),? (and|or|with|to|against|vs\.?|versus) (the )?(left|right) ")
+_ALSO_CALLED = (
+    (r"\bbrain ?stem", "brain-stem"), (r"\bthird ventricle", "3rd ventricle"), (r"\bfourth ventricle", "4th ventricle"),
+    (r"\bhippocampi\b", "hippocampus"), (r"\bthalami\b", "thalamus"), (r"\bamygdala[es]\b", "amygdala"), (r"\bputamina\b", "putamen"),
+    (r"\bglob(?:us|i) pallid(?:us|i)\b|\bpallidus\b", "pallidum"), (r"\b(left|right)-sided\b", r"\1"),
+    (r", right\?|\bright (?:now|here|away)\b", ""),
+)  # fmt: skip
 
 
 def names_in(text: str) -> tuple[str, ...]:
-    """Structures that a question names; one named without a side, or with both, means both sides."""
-    text = _BOTH.sub("", text.lower())
+    """Structures that a question names; one named without a side, or with both, means both sides, unless one side stands elsewhere."""
+    text = text.lower()
+    for pattern, name in _ALSO_CALLED:
+        text = re.sub(pattern, name, text)
+    sides = set(re.findall(r"\b(?:left|right)\b", text))
+    text = _BOTH.sub("", text)
     found = [n for n in NAMES if n.lower() in text]
+    one = len({n.split(" ", 1)[1] for n in found if n.startswith(("left", "right"))}) == 1
+    if one and len(sides) == 2:  # "the left hippocampus and the right one"
+        found = [n for n in NAMES if n in found or MIRROR[n] in found]
     for stem in sorted({n.split(" ", 1)[1] for n in NAMES if n.startswith("left ")}, key=len, reverse=True):
         sided = (f"left {stem}", f"right {stem}")
         if stem.lower() in text and not any(n in found for n in sided):
-            found += sided
+            found += [n for n in sided if len(sides) != 1 or n.split()[0] in sides]
             text = text.replace(stem.lower(), "")
     # "lateral ventricle" stands inside "inferior lateral ventricle".
     stem_of = {n: n.removeprefix("left ").removeprefix("right ") for n in found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,18 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, names_in, resolve_names
+from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, resolve_names
 from .answer import (
     Answer,
     Finding,
     StructureVolume,
     fill_slots,
-    ground_anatomy,
-    ground_lesions,
-    ground_place,
-    ground_plane,
-    ground_sequence,
-    ground_unseen,
     lesion_measures,
     sentences,
 )
@@ -32,6 +25,7 @@ from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine
 from .example import LESION_CLASS, language_slices, named_class, segment_classes
+from .factcheck import ground_findings, ground_words, of_lesions
 from .generation import generate
 from .knowledge import GENERAL, as_known
 from .lesions import LesionRule
@@ -51,8 +45,6 @@ UNLIKE = "I cannot judge this study: it is unlike the images I was trained on."
 NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
-OF_THE_LARGEST = re.compile(r"The (?:largest lesion|lobe)")
-"""An answer about one lesion, which is not to tell of the others."""
 
 
 class StoppedError(ValueError):
@@ -197,8 +189,8 @@ class Assistant:
         Args:
             made: The image was reconstructed for this very question.
         """
-        volume = study.named(question) or study.primary
-        seen = self.examine(volume, on_text)
+        named = study.named(question)
+        seen = self.examine(named or study.primary, on_text)
         if not seen.in_scope:
             return self._answer(study, seen, UNLIKE, task or "text", torch.zeros_like(seen.labels), ())
         study_card = card(seen.grid.plane, seen.sequence, seen.record.lesion_places, seen.record.signal)
@@ -220,36 +212,28 @@ class Assistant:
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
         if raw in GENERAL:
             return self._answer(study, seen, raw, "text", torch.zeros_like(seen.labels), ())
-        raw, notes = ground_sequence(raw, seen.plane) if seen.sequence == "other" else (raw, ())
-        raw, more = ground_plane(question, raw, seen.plane)
-        notes += more
         counts = torch.bincount(seen.labels.flatten(), minlength=256)
         visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
-        raw, more = ground_unseen(raw, visible)
+        notes: tuple[str, ...] = ()
+        if named is None and len(study.volumes) > 1 and Study.names_one(question):
+            notes = ("no series is known to be the one that was named",)
+        before = history[-1].text if history else ""
+        raw, more = ground_words(question, before, raw, sequence=(seen.sequence, seen.sequence_source), plane=seen.plane, visible=visible)
         notes += more
         if more:
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
         chosen = next((t.name for t in TASKS.values() if raw.startswith(t.token)), None)
-        if chosen is None:
-            chosen = "segment" if "<segment>" in raw else "text"
+        if chosen is None:  # a part of a report carries no task token
+            chosen = "detect" if of_lesions(raw) else "segment" if "<segment>" in raw else "text"
         if chosen == "reconstruct":
             if study.kspace is not None:
                 return self._rebuild(study, "", history, None, on_text, beams)
             nothing = torch.zeros_like(seen.labels)
             return self._answer(study, seen, "", chosen, nothing, (), raw=raw) if made else self._answer(
                 study, seen, NO_RAW_DATA, "text", nothing, ())
-        asked = names_in(question)
-        if chosen == "segment" and asked and not set(asked) >= {n for n in NAMES if n in raw}:
-            raw = " ".join(f"Outlined: the {name} <segment>, <ml> ml." for name in asked)
-            written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-            notes += ("the model began to speak of another structure than was asked for; its sentence was replaced",)
         labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
-        text, more = ground_anatomy(TASKS["report"].read(raw), visible, dict(s.split(": ") for s in seen.record.signal))
-        notes += more
-        text, more = ground_place(text, seen.lesions)
-        notes += more
-        whole = chosen == "report" or (chosen == "detect" and not OF_THE_LARGEST.match(text))
-        grounded = ground_lesions(text, seen.lesions, exhaustive=whole, can_deny=self.can_deny)
+        grounded = ground_findings(question, TASKS["report"].read(raw), chosen, seen.lesions, sequence=seen.sequence, visible=visible,
+                                   signal=dict(s.split(": ") for s in seen.record.signal), can_deny=self.can_deny)
         return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)
 
@@ -364,8 +348,11 @@ class Assistant:
             if len(found) == len(parts):
                 kept.append(sentence)
                 measures += found
-            else:
-                kept.append(f"The {empty[-1]} could not be outlined in this study.")
+                continue
+            for name in (NAMES[named_class(p) - 1] for p in parts):
+                gone = name in empty
+                kept.append(f"The {name} could not be outlined in this study." if gone else f"Outlined: the {name} <segment>, <ml> ml.")
+            measures += found
         return measures, " ".join(kept), empty
 
     def _finding(self, lesion: Any, seen: Examination) -> Finding:

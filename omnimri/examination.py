@@ -5,6 +5,7 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -158,6 +159,8 @@ def examine(
         for mean in (float(probability[ranks == rank].mean()),)
     )
     places = tuple(lesion.place for lesion in lesions)
+    if not volume.oriented:  # the card keeps the sides it was trained with; people are told none
+        lesions = tuple(replace(lesion, place=re.sub("^(?:left|right) ", "", lesion.place)) for lesion in lesions)
     classes, seen_ranks = _on_lattice(grid, labels, ranks)
     signals = lesion_signals(example.images[:, 1], classes, seen_ranks, len(lesions))
     lesions = tuple(replace(lesion, signal=signal) for lesion, signal in zip(lesions, signals, strict=True))

@@ -25,7 +25,7 @@ CHUNK = 4
 EDGE, FAR = 1 / 16, 1 / 4
 """Share of the readout at either end, and of the lines from the middle on, beyond which samples tell the noise where none was
 measured: the corners of k-space hold least signal."""
-_ASKED = re.compile(r"\breconstruct(ing)?\b", re.IGNORECASE)
+_ASKED = re.compile(r"(?<!not )(?<!n't )(?<!mean to )\breconstruct(ing)?\b", re.IGNORECASE)
 _POLITE = re.compile(r"(please|thanks|thank you|if possible)", re.IGNORECASE)
 DISAGREEMENT = 1.25
 """From this residual on, against the noise, a slice is warned of."""
@@ -84,7 +84,7 @@ class Reconstruction:
 
 def asks_to_reconstruct(question: str) -> tuple[bool, str]:
     """Whether a question asks for a reconstruction, and what else it asks for: `describe it` of `Reconstruct this and describe it`."""
-    clauses = re.split(r"\s*(?:[,;.]|\band then\b|\bthen\b|\band\b)\s*", question.strip().rstrip("?!"))
+    clauses = re.split(r"\s*(?:[,;.?!]|\band then\b|\bthen\b|\band\b)\s*", question.strip().rstrip("?!"))
     clauses = [c for c in clauses if c and not _POLITE.fullmatch(c)]
     rest = [c for c in clauses if not _ASKED.search(c)]
     asked = len(rest) < len(clauses)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 _NAMED = (
-    (r"flair", "FLAIR"),
-    (r"(contrast|post|gad|t1.{0,12}(contrast|gd|gad|\+ ?c|ce\b))", "T1w-Gd"),
+    (r"(t2\w?\W{0,3})?flair", "FLAIR"),
+    (r"(contrast|post|gad|t1.{0,12}(contrast|post|gd|gad|\+ ?c|c\b|ce\b))", "T1w-Gd"),
     (r"t1", "T1w"),
     (r"t2", "T2w"),
     (r"(pd|proton)", "PDw"),
@@ -141,6 +141,11 @@ class Study:
         if not self.volumes:
             raise ValueError("expected an image, got raw k-space only; reconstruct it first (omnimri reconstruct)")
         return max(self.volumes, key=lambda v: v.voxels.numel())
+
+    @staticmethod
+    def names_one(question: str) -> bool:
+        """Whether a question names a series, be it there or not."""
+        return bool(re.search(r"\bseries \d", question, re.IGNORECASE) or _ON_SEQUENCE.search(question))
 
     def named(self, question: str) -> Volume | None:
         """The volume that a question names: `series 2`, or `on the FLAIR`; None where it names none, or more than one fits."""

@@ -9,19 +9,23 @@ import pytest
 import torch
 
 from omnimri.anatomy import SEQUENCES
-from omnimri.answer import (
-    fill_slots,
-    ground_anatomy,
-    ground_lesions,
-    ground_place,
-    ground_plane,
-    ground_sequence,
-    ground_unseen,
-    lesion_measures,
-)
+from omnimri.answer import fill_slots, lesion_measures
 from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
 from omnimri.examination import more_planes, named_sequence
+from omnimri.factcheck import (
+    ground_anatomy,
+    ground_contrast,
+    ground_findings,
+    ground_lesions,
+    ground_limits,
+    ground_looks,
+    ground_place,
+    ground_plane,
+    ground_sequence,
+    ground_structures,
+    structures_asked,
+)
 from omnimri.lesions import Lesion, LesionRule, lesion_ranks
 from omnimri.measure import Measured, brain_box, lobe_of
 from omnimri.tokens import digit_ids
@@ -57,7 +61,7 @@ def test_the_plane_is_the_affines(question, raw, plane, said, changed):
 def test_a_lesion_without_a_mask_is_removed_and_said():
     found = ground_lesions(REPORT, (), exhaustive=True)
     assert "lesion in" not in found.raw
-    assert found.raw.endswith("No lesion is found.")
+    assert found.raw.endswith("Impression: no lesion was found.")
     assert any("without a mask" in n for n in found.notes)
 
 
@@ -125,6 +129,11 @@ def test_questions_name_structures():
     assert names_in("Compare left and right hippocampus") == names_in("left vs. the right hippocampus: same?")
     assert names_in("Compare left and right hippocampus") == ("left hippocampus", "right hippocampus")
     assert names_in("Write a report.") == ()
+    both = ("left hippocampus", "right hippocampus")
+    assert names_in("Is the left hippocampus smaller than the right?") == names_in("Outline the hippocampi") == both
+    assert names_in("the hippocampus on the left") == names_in("left-sided hippocampus") == ("left hippocampus",)
+    assert names_in("That is the left hippocampus, right?") == ("left hippocampus",)
+    assert names_in("brainstem and fourth ventricle") == ("4th ventricle", "brain-stem")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,7 @@ def test_questions_name_structures():
      ("The plane is axial.", "The plane is axial.")],
 )
 def test_no_sequence_is_named_that_cannot_be_told(raw, told):
-    assert ground_sequence(raw, "axial")[0] == told
+    assert ground_sequence("", raw, "other", "axial")[0] == told
 
 
 LISTED = "The slices show the cerebral hemispheres, thalami and brain-stem."
@@ -163,11 +172,99 @@ def test_normal_anatomy_is_told_as_the_masks_show_it(raw, visible, signal, said)
 
 
 def test_what_has_a_mask_is_not_said_to_be_out_of_sight():
-    """Whatever the model says, in each of its wordings."""
+    """Whatever the model says, in each of its wordings; and no other structure than the one asked for."""
+    outlined = "Outlined: the 4th ventricle <segment>, <ml> ml."
     for said in ("The 4th ventricle is not visible in these slices.", "These slices do not show the 4th ventricle.",
                  "I cannot see the 4th ventricle here."):
-        assert ground_unseen(said, {"4th ventricle"})[0] == "Outlined: the 4th ventricle <segment>, <ml> ml."
-        assert ground_unseen(said, {"brain-stem"}) == (said, ())
+        assert ground_structures((), said, {"4th ventricle"})[0] == outlined
+        assert ground_structures(("4th ventricle",), said, {"brain-stem"}) == (said, ())
+        assert ground_structures(("brain-stem",), said, {"4th ventricle"})[0] == "The brain-stem is not visible in these slices."
+        assert ground_anatomy(said.replace("4th ventricle", "brain-stem"), (), {}) == (said.replace("4th ventricle", "brain-stem"), ())
+    assert ground_structures(("4th ventricle",), "Outlined: the brain-stem <segment>.", {"4th ventricle"})[0] == outlined
+    assert ground_structures((), outlined, ()) == (outlined, ())
+
+
+def test_a_side_alone_means_what_was_spoken_of_before():
+    before = "Outlined: the left hippocampus <segment>, <ml> ml."
+    assert structures_asked("And the right one?", before) == ("right hippocampus",)
+    assert structures_asked("And the left one?", before) == ("left hippocampus",)
+    assert structures_asked("And the right thalamus?", before) == ("right thalamus",)
+    assert structures_asked("Write a report.", before) == structures_asked("And the right one?", "") == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "raw", "sequence", "said"),
+    [("", "<report> Axial T1-weighted MRI of the brain. No lesion.", "T2w", "<report> Axial T2-weighted MRI of the brain. No lesion."),
+     ("", "This is a coronal FLAIR image.", "T1w-Gd", "This is a coronal contrast-enhanced T1-weighted image."),
+     ("", "This is a FLAIR MRI.", "FLAIR", "This is a FLAIR MRI."),
+     ("", "The sequence cannot be told from the image.", "PDw", "This is a proton-density-weighted MRI."),
+     ("", "The plane is axial; the sequence cannot be told.", "T2w", "Axial T2-weighted MRI of the brain."),
+     ("Is this T2-weighted?", "No, it is T2-weighted.", "T2w", "Yes, it is T2-weighted."),
+     ("Is this a T1 image?", "Yes, it is T1-weighted.", "FLAIR", "No, it is FLAIR."),
+     ("Is this a T2 FLAIR?", "No, it is FLAIR.", "FLAIR", "Yes, it is FLAIR."),
+     ("Is this a T1?", "No, it is T1-weighted.", "T1w-Gd", "Yes, it is contrast-enhanced T1-weighted."),
+     ("T1 or T2?", "Yes, it is T1-weighted.", "T2w", "It is T2-weighted."),
+     ("", "Diffusion-weighted images are needed to tell that.", "T1w", "Diffusion-weighted images are needed to tell that."),
+     ("", "T2*-weighted images are needed to tell that.", "other", "T2*-weighted images are needed to tell that."),
+     ("", "Axial diffusion-weighted MRI of the brain.", "other", "Axial MRI of the brain. The sequence cannot be told from the image.")],
+)  # fmt: skip
+def test_the_sequence_is_the_known_one(question, raw, sequence, said):
+    assert ground_sequence(question, raw, sequence, "axial")[0] == said
+    assert ground_sequence(question, said, sequence, "axial")[0] == said
+
+
+@pytest.mark.parametrize(
+    ("sequence", "source", "said"),
+    [("T1w-Gd", "header", "A contrast agent was given."), ("T1w", "header", "The header records no contrast agent."),
+     ("T1w", "image", "Whether contrast agent was given cannot be told from this study."),
+     ("FLAIR", "header", "Whether contrast agent was given cannot be told from this study.")],
+)
+def test_contrast_agent_is_told_where_it_is_known(sequence, source, said):
+    for raw in ("No, no contrast agent was given.", "Yes, a contrast agent was given.", "Yes, no contrast agent was given."):
+        assert ground_contrast(raw, sequence, source)[0] == said
+    assert ground_contrast("This is a T1-weighted MRI.", sequence, source)[0] == "This is a T1-weighted MRI."
+
+
+def test_looks_and_diagnoses_need_their_sequence():
+    said = ("A <size> irregularly enhancing lesion in the left putamen <segment>. "
+            "Impression: a single lesion in the left putamen, perhaps a high-grade glioma.")
+    assert ground_looks(said, "T1w-Gd") == (said, ())
+    bare = "A <size> lesion in the left putamen <segment>. Impression: a single lesion in the left putamen."
+    assert ground_looks(said, "T1w")[0] == bare
+    assert ground_looks("A <size> diffusion-restricted lesion lies here.", "T2w")[0] == "A <size> lesion lies here."
+    assert ground_looks("Impression: a single lesion in the left putamen, perhaps an acute infarct.", "other")[1] == ()
+    assert ground_limits("Is there a stroke?", "No lesion is found.", "T1w").endswith("Diffusion-weighted images are needed to tell that.")
+    assert ground_limits("Find lesions.", "No lesion is found.", "T1w") == "No lesion is found."
+
+
+def test_every_look_of_the_recipe_is_allowed_on_its_sequence():
+    from data_recipes.describe import LOOKS
+
+    for looks in LOOKS.values():
+        for sequence, (adjective, may_be) in looks.items():
+            said = f"A <size> {adjective} lesion lies in the left putamen <segment>. Impression: a single lesion, perhaps {may_be}."
+            assert ground_looks(said, sequence if sequence in SEQUENCES else "other") == (said, ())
+
+
+@pytest.mark.parametrize(
+    ("raw", "task", "lesions", "said"),
+    [("Impression: no focal lesion.", "detect", (LEFT,), "Impression: a single lesion in the left cerebral white matter."),
+     ("Impression: a single lesion in the left cerebral white matter.", "detect", (LEFT, RIGHT),
+      "Impression: <count> lesions, the largest in the left cerebral white matter."),
+     ("Impression: <count> lesions, the largest in the right putamen.", "detect", (), "Impression: no lesion was found."),
+     ("The largest lesion lies in the right thalamus <segment>: <mm> mm, <ml> ml.", "detect", (LEFT,),
+      "The largest lesion lies in the left cerebral white matter <segment>: <mm> mm, <ml> ml."),
+     ("The largest lesion lies in the left frontal lobe.", "detect", (), "No lesion is found."),
+     ("It lies in the midline.", "detect", (), "No lesion is found."),
+     ("The largest lesion is on the right.", "detect", (LEFT,), "The largest lesion is on the left."),
+     ("A <size> lesion in the left cerebral white matter <segment>, <mm> mm, <ml> ml.", "detect", (LEFT, RIGHT),
+      ("A <size> lesion in the left cerebral white matter <segment>, <mm> mm, <ml> ml. "
+       "There is a <size> lesion in the right putamen <segment>, <mm> mm in diameter and <ml> ml in volume."))],
+)
+def test_what_masks_know_is_said_as_they_know_it(raw, task, lesions, said):
+    found = ground_findings("", raw, task, lesions, sequence="T1w", visible=(), signal={}, can_deny=True)
+    assert found.raw == said
+    assert len(found.lesions) == said.count("<segment>")
 
 
 @pytest.mark.parametrize(("axis", "count", "cited"), [(2, 60, "1.2.41"), (0, 60, None), (2, 0, None)])
@@ -348,3 +445,17 @@ def test_a_lesion_on_both_sides_is_said_to_be_on_both():
     assert ground_place("It lies in the midline.", (replace(LEFT, side="unknown"),))[0] == "The side cannot be told."
     assert lesion_measures(both, 50)["cite"] == "(slice 42 of 50, on both sides of the midline)"
     assert lesion_measures(LEFT, 50)["cite"] == "(slice 42 of 50)"
+
+
+def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypatch):
+    """In no place of a lesion and in no sentence about one."""
+    from omnimri import Assistant, examination, open_study
+
+    made, study = Assistant(checkpoint), open_study(scan_file)
+    study = replace(study, volumes=(replace(study.primary, oriented=False),))
+    monkeypatch.setattr(examination, "scope_score", lambda *_: 0.0)
+    monkeypatch.setattr(examination, "lesion_ranks", lambda p, brain, *_: (brain.to(torch.uint8), [0.99]))
+    answer = made.answer(study, "Find lesions.", task="detect")
+    assert answer.findings
+    assert not any(w in f"{answer.text} {answer.findings[0].lesion.place}" for w in ("left", "right"))
+    assert "sides are unknown" in " ".join(answer.warnings)

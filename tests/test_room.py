@@ -77,6 +77,10 @@ def test_what_is_accepted_is_reported_and_every_change_is_kept(session):
     assert item.side == "left", "the side follows the words"
     session.decide(1, "accepted")
     assert len(session.review.audit) == len(made), "nothing changed"
+    session.edit(1, place="Right frontal lobe", comment="")
+    assert session.review.items[1].side == "right"
+    session.edit(1, place="both frontal lobes, left and right", comment="")
+    assert session.review.items[1].side == "midline"
 
 
 def test_decisions_outlive_a_killed_server_and_another_question(session, assistant):

@@ -158,6 +158,8 @@ def test_an_answer_on_another_series_does_not_mix(session, scan_file):
     before, items = session.labels, dict(session.review.items)
     other = replace(answer, affine=answer.affine + 1.0, labels=torch.ones_like(answer.labels), findings=answer.findings[:1])
     assert not session.is_of_shown(other)
+    assert session.is_of_shown(answer)
+    assert not session.is_of_shown(replace(answer, study={**answer.study, "used": "series 9"})), "another series on the same lattice"
     session._take(session.study, "And on the other?", other)
     assert torch.equal(session.labels, before)
     assert session.review.items == items
