@@ -63,6 +63,8 @@ class Session:
         self.labels: torch.Tensor | None = None
         self.ranks: torch.Tensor | None = None
         """(X, Y, Z) uint8: 0, or the number of a finding."""
+        self.covered: torch.Tensor | None = None
+        """(X, Y, Z) int32: structures under the findings."""
         self.review = Review()
         self.upload: str | None = None
         """Name of the study's file in `upload/`, or of an example."""
@@ -138,12 +140,13 @@ class Session:
             with np.load(self.folder / "masks.npz", allow_pickle=False) as f:
                 self.labels = torch.from_numpy(f["labels"].astype(np.int32))
                 self.ranks = torch.from_numpy(f["ranks"])
+                self.covered = torch.from_numpy(f["covered"].astype(np.int32)) if "covered" in f else None
 
     def unload(self) -> None:
         """Leave memory; what is on disk stays."""
         if self.study is not None:
             self.assistant.forget(self.study)
-        self.study = self.shown = self.labels = self.ranks = self.zero_filled = None
+        self.study = self.shown = self.labels = self.ranks = self.covered = self.zero_filled = None
         self.handed_out.clear()
         give_back_memory()
 
@@ -266,14 +269,15 @@ class Session:
             self.brain_ml = answer.brain_ml
             self.face = float(foreground(self.shown).sum()) * self.shown.voxel_ml > FACE_SHARE * self.brain_ml
         if answer.labels is not None and bool(answer.labels.any()):
-            self.labels = answer.labels
+            self.labels, self.covered = answer.labels, answer.covered
         if answer.findings:
             self.ranks = answer.lesion_ranks
         self.review.take(answer)
         if self.labels is not None:
             ranks = self.ranks if self.ranks is not None else torch.zeros_like(self.labels, dtype=torch.uint8)
             partial = self.folder / f".{secrets.token_hex(4)}.npz"
-            np.savez_compressed(partial, labels=self.labels.numpy().astype(np.uint16), ranks=ranks.numpy())
+            covered = {} if self.covered is None else {"covered": self.covered.numpy().astype(np.uint16)}
+            np.savez_compressed(partial, labels=self.labels.numpy().astype(np.uint16), ranks=ranks.numpy(), **covered)
             os.replace(partial, self.folder / "masks.npz")
         self._save()
 
@@ -355,17 +359,18 @@ class Session:
         return self._masks({})
 
     def _masks(self, findings: dict[int, int]) -> torch.Tensor | None:
-        """The masks with other labels for some findings and none for those that were rejected."""
+        """The masks with other labels for some findings; for those that were rejected, the structures they lie on."""
         self._open_again()
         if self.labels is None or self.shown is None or self.labels.shape != self.shown.shape:
             return None
         if self.ranks is None or self.ranks.shape != self.labels.shape:
             return self.labels
         table = torch.full((256,), -1, dtype=self.labels.dtype)
-        for number, label in (findings | {i.number: 0 for i in self.review.in_state("rejected")}).items():
+        for number, label in (findings | {i.number: -2 for i in self.review.in_state("rejected")}).items():
             table[number] = label
         wanted = table[self.ranks.long()]
-        return torch.where(wanted >= 0, wanted, self.labels)
+        under = torch.zeros_like(self.labels) if self.covered is None else self.covered
+        return torch.where(wanted >= 0, wanted, torch.where(wanted == -2, under, self.labels))
 
     @staticmethod
     def finding_label(number: int) -> int:

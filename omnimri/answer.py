@@ -83,6 +83,8 @@ class Answer:
     warnings: tuple[str, ...] = ()
     labels: Tensor | None = None
     """(X, Y, Z) int32 label map in the scan's own space: what the answer asked to be drawn, lesions included."""
+    covered: Tensor | None = None
+    """(X, Y, Z) int32: `labels` without lesions: what they lie on."""
     lesion_ranks: Tensor | None = None
     """(X, Y, Z) uint8: 0, or the lesion's rank, as in `findings`."""
     affine: Tensor | None = None

@@ -277,6 +277,7 @@ class Assistant:
             if structure.name in wanted:
                 mask = labels == structure.label
                 shown_map[mask] = structure.label
+        covered = shown_map
         if LESION in wanted or lesions:
             shown_map = torch.where(lesion_map > 0, lesion_map, shown_map)
         for structure in STRUCTURES:
@@ -312,6 +313,7 @@ class Assistant:
             structures=tuple(structures),
             warnings=tuple(dict.fromkeys(warnings)),
             labels=shown_map,
+            covered=covered,
             lesion_ranks=seen.lesion_ranks,
             affine=volume.affine,
             brain_ml=float((seen.labels > 0).sum()) * volume.voxel_ml,

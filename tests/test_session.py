@@ -149,6 +149,10 @@ def test_the_viewers_files_do_not_pile_up(session, scan_file):
     assert len(list((session.folder / "viewer").iterdir())) == 2
     session.decide(1, "rejected")
     assert int((session.reviewed()[session.ranks == 1] > 0).sum()) == 0
+    session.ask("Segment everything.", task="segment")
+    under = session.covered[session.ranks == 1]
+    assert torch.equal(session.reviewed()[session.ranks == 1], under), "what was rejected gives its voxels back to its structures"
+    assert not bool(((under == 25) | (under == 57)).any())
 
 
 def test_an_answer_on_another_series_does_not_mix(session, scan_file):
