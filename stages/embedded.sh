@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About seven hours of CPU time, and 23 minutes of
+# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About ten hours of CPU time, and 23 minutes of
 # one GPU with 16 cores.
 # Usage: stages/embedded.sh LABEL_MAP_FOLDER RUN_FOLDER
 set -euo pipefail
@@ -31,12 +31,15 @@ python -m stages pretrain --init "$runs/reconstruct" --out "$runs/large" --data 
     --set word_share=0.3 --set stem_widths=32,64,128,256,320 --set text_layers=6 --set vocab_size=1600 "${scale[@]}"
 python -m stages instruct --init "$runs/large" --out "$runs/instruct2" --data "$data" --set seed=12 --set steps=1449 --set mask_share=0.1 --set word_share=0.6 \
     "${scale[@]}"
-# How people ask: words alone, of which eight rows in a row are about one study. Twice, the second time with ten times as many wordings and questions
-# on lobes asked at once; an hour of a core and a half each.
+# How people ask: words alone, of which eight rows in a row are about one study. Three times: the second time with ten times as many wordings and
+# questions on lobes asked at once, an hour of a core and a half each; the third time with what is asked rarely as often as the rest, for 75 minutes of
+# two cores (its schedule was of 2,200 steps until step 1,000).
 spoken=(--data "$data" --set recipe=synthetic --set seed=21 --set workers=1 --set attention=sdpa --set warmup=20 --set batch_size=24 --set tellings=8
     --set num_slices=4 --set max_slices=4 --set kspace_size=0 --set mask_share=0 --set word_share=0.999 --set image_share=0 --set 'learning_rate.vision.*=0'
     --set 'learning_rate.projector.*=0' --set 'learning_rate.language.*=0.0006' --set 'learning_rate.heads.segment.query.*=0.0006'
     --set 'learning_rate.heads.*=0')
 python -m stages pretrain --init "$runs/instruct2" --out "$runs/words2" --set steps=950 "${spoken[@]}"
 python -m stages pretrain --init "$runs/words2" --out "$runs/words3" --set steps=900 "${spoken[@]}"
-python -m stages.release "$runs/words3" --data "$data" --out omnimri/embedded --count 200
+python -m stages pretrain --init "$runs/words3" --out "$runs/words4" --set steps=1750 "${spoken[@]}" --set seed=31 --set warmup=40 --set compile=true \
+    --set 'learning_rate.language.*=0.0008'
+python -m stages.release "$runs/words4" --data "$data" --out omnimri/embedded --count 200
