@@ -119,17 +119,22 @@ def resolve_names(request: str) -> tuple[str, ...]:
 _BOTH = re.compile(r"\b(left|right),? (and|or|with|to|against|vs\.?|versus) (the )?(left|right) ")
 _ALSO_CALLED = (
     (r"\bbrain ?stem", "brain-stem"), (r"\bthird ventricle", "3rd ventricle"), (r"\bfourth ventricle", "4th ventricle"),
-    (r"\bhippocampi\b", "hippocampus"), (r"\bthalami\b", "thalamus"), (r"\bamygdala[es]\b", "amygdala"), (r"\bputamina\b", "putamen"),
-    (r"\bglob(?:us|i) pallid(?:us|i)\b|\bpallidus\b", "pallidum"), (r"\b(left|right)-sided\b", r"\1"),
-    (r", right\?|\bright (?:now|here|away)\b", ""),
+    (r"\bhippocampi\b|\bhippocampal\b", "hippocampus"), (r"\bthalami\b|\bthalamic\b", "thalamus"), (r"\bamygdala[es]\b", "amygdala"),
+    (r"\bputamina\b", "putamen"), (r"\bglob(?:us|i) pallid(?:us|i)\b|\bpallidus\b", "pallidum"),
 )  # fmt: skip
+_NO_SIDE = re.compile(r", right\?|\bright (?:now|here|away)\b")
+
+
+def by_known_names(text: str) -> str:
+    """The text with the names of `NAMES` for structures that it calls otherwise."""
+    for pattern, name in _ALSO_CALLED:
+        text = re.sub(pattern, name, text, flags=re.IGNORECASE)
+    return text
 
 
 def names_in(text: str) -> tuple[str, ...]:
     """Structures that a question names; one named without a side, or with both, means both sides, unless one side stands elsewhere."""
-    text = text.lower()
-    for pattern, name in _ALSO_CALLED:
-        text = re.sub(pattern, name, text)
+    text = _NO_SIDE.sub("", by_known_names(text.lower()))
     sides = set(re.findall(r"\b(?:left|right)\b", text))
     text = _BOTH.sub("", text)
     found = [n for n in NAMES if n.lower() in text]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, resolve_names
+from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, by_known_names, resolve_names
 from .answer import (
     Answer,
     Finding,
@@ -196,7 +196,7 @@ class Assistant:
         study_card = card(seen.grid.plane, seen.sequence, seen.record.lesion_places, seen.record.signal)
         prefix = "" if task in (None, "segment") else TASKS[task].token
         tokens = len(language_slices(seen.grid.size[0], self.model.config.max_slices)) * self.model.config.tokens_per_slice
-        messages = [*history[-MAX_HISTORY:], Message("user", question)]
+        messages = [*history[-MAX_HISTORY:], Message("user", by_known_names(question))]
         while True:
             rendered = render(messages, self.tokenizer, study=study_card, num_image_tokens=tokens, answer_prefix=prefix)
             if len(rendered.ids) < self.model.config.text_config.max_position_embeddings - 400 or len(messages) == 1:
