@@ -14,13 +14,13 @@ import torch
 from omnimri.anatomy import GROUPS, NAMES, SEQUENCE_WORDS, STRUCTURES, WHITE_CLASSES, groups_of, join
 from omnimri.conversation import COUNT_WORDS, Message
 from omnimri.example import Record, normalise
+from omnimri.factcheck import NOT_SHOWN
 from omnimri.knowledge import KNOWLEDGE
 from omnimri.measure import signal_sentence, signal_words
 
 from .recipe import pick, uniform
 from .wording import Voice
 
-OFF = "I can only speak about what this study shows."
 CONTRAST = (("contrast", "Was contrast agent used?"), ("contrast", "Was gadolinium given?"),
             ("without contrast", "Is this scan without contrast?"))  # fmt: skip
 """Requests on contrast agent, and how they are made plainly."""
@@ -343,7 +343,7 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
                                  f"In general, what is {name}?", *questions, *questions)))
     else:
         ask = v.ask("off")
-        answer = OFF
+        answer = NOT_SHOWN
     return [Message("user", ask), Message("assistant", answer)]
 
 

@@ -58,9 +58,13 @@ _MAY_BE = {
 """What a lesion may be by how it looks on a sequence; where the sequence is not known, what only others than the named ones show."""
 _NEEDS = (
     (r"\bstrokes?\b|\binfarct|\bisch(?:a?e)mi", "Diffusion-weighted"),
-    (r"\bbleed|\bbled\b|\bha?emorrhag|\bha?ematoma|\bblood\b", "T2*-weighted"),
+    (r"\bbleed|\bbled\b|\bha?emorrhag|\bha?ematoma|\b(?:old|any) blood\b", "T2*-weighted"),
 )
 """What people ask for that the named sequences do not rule out, and the images that would."""
+NOT_SHOWN = "I can only speak about what this study shows."
+_ELSEWHERE = re.compile(r"\b(?:liver|kidneys?|lungs?|heart|spleen|pancreas|stomach|bowels?|prostate|breasts?|uterus|ovar(?:y|ies)|bladder"
+                        r"|knees?|hips?|shoulders?|spine|abdomen|chest|thyroid|teeth)\b", re.IGNORECASE)
+_OF_THE_BRAIN = re.compile(r"brain|head\b|cerebr|cranial|metasta|lesion|cancer|primary", re.IGNORECASE)
 _ONE_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -87,6 +91,8 @@ def ground_words(question: str, before: str, raw: str, *, sequence: tuple[str, s
         plane: From the affine.
         visible: Structures that have a mask.
     """
+    if raw.startswith("<detect>") and _ELSEWHERE.search(question) and not _OF_THE_BRAIN.search(question):
+        return NOT_SHOWN, ("the question is about another organ",)  # "no lesion" would be taken for its health
     notes: list[str] = []
     for step in (lambda x: ground_contrast(x, *sequence), lambda x: ground_sequence(question, x, sequence[0], plane),
                  lambda x: ground_plane(question, x, plane),

@@ -14,6 +14,7 @@ from omnimri.assistant import Assistant
 from omnimri.conversation import plain_ids
 from omnimri.examination import more_planes, named_sequence
 from omnimri.factcheck import (
+    NOT_SHOWN,
     ground_anatomy,
     ground_contrast,
     ground_findings,
@@ -24,6 +25,7 @@ from omnimri.factcheck import (
     ground_plane,
     ground_sequence,
     ground_structures,
+    ground_words,
     structures_asked,
 )
 from omnimri.lesions import Lesion, LesionRule, lesion_ranks
@@ -120,7 +122,7 @@ def test_many_lesions_are_not_all_spelled_out():
 
 
 def test_questions_name_structures():
-    from omnimri.anatomy import names_in
+    from omnimri.anatomy import by_known_names, names_in
 
     assert names_in("How large is the left hippocampus?") == ("left hippocampus",)
     assert names_in("Outline the thalamus") == ("left thalamus", "right thalamus")
@@ -133,6 +135,7 @@ def test_questions_name_structures():
     assert names_in("Is the left hippocampus smaller than the right?") == names_in("Outline the hippocampi") == both
     assert names_in("the hippocampus on the left") == names_in("left-sided hippocampus") == ("left hippocampus",)
     assert names_in("That is the left hippocampus, right?") == ("left hippocampus",)
+    assert by_known_names("Outline the Brain stem and left hippocampal volume") == "Outline the brain-stem and left hippocampus volume"
     assert names_in("brainstem and fourth ventricle") == ("4th ventricle", "brain-stem")
 
 
@@ -459,3 +462,11 @@ def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypa
     assert answer.findings
     assert not any(w in f"{answer.text} {answer.findings[0].lesion.place}" for w in ("left", "right"))
     assert "sides are unknown" in " ".join(answer.warnings)
+
+
+def test_no_lesion_is_not_said_of_another_organ():
+    def said(question):
+        return ground_words(question, "", "<detect> No lesion is found.", sequence=("T1w", "image"), plane="axial", visible=())[0]
+
+    assert said("Is the liver healthy?") == NOT_SHOWN
+    assert said("Is anything abnormal?") == said("Any brain metastasis of lung cancer?") == "<detect> No lesion is found."
