@@ -84,5 +84,5 @@ GENERAL = frozenset(answer for _, _, answer in KNOWLEDGE)
 
 def as_known(said: str) -> str:
     """The general answer that a text nearly is, word for word; the text itself where it is near none."""
-    near = [said] if said in GENERAL else get_close_matches(said, GENERAL, n=1, cutoff=0.75)
+    near = get_close_matches(said, GENERAL, n=1, cutoff=0.75)
     return near[0] if near else said
