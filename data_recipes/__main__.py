@@ -1,4 +1,6 @@
-"""python -m data_recipes list | build NAME --count N --out DIR | show NAME --count N --out DIR | patient --data DIR --out FILE."""
+"""python -m data_recipes list | build NAME --count N --out DIR | show NAME --count N --out DIR | patient --data DIR --out FILE |
+speed --data DIR [--device cuda] [--slices N ...] [--processes N ...].
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,15 @@ def patient(data: str, out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(prog="python -m data_recipes", description=__doc__)
-    parser.add_argument("command", choices=("list", "build", "show", "patient"))
+    parser.add_argument("command", choices=("list", "build", "show", "patient", "speed"))
     parser.add_argument("name", nargs="?")
     parser.add_argument("--data", default=os.environ.get("OMNIMRI_DATA"), help="folder of label maps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--slices", type=int, nargs="+", default=[8])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
     args = parser.parse_args(argv)
     try:
         if args.command == "list":
@@ -54,6 +59,16 @@ def main(argv: list[str] | None = None) -> int:
             if not args.data or not args.out:
                 raise ValueError("expected --data, the folder of label maps, and --out FILE.nii.gz")
             patient(args.data, args.out)
+            return 0
+        if args.command == "speed":
+            from .speed import slices_a_second
+
+            if not args.data:
+                raise ValueError("expected --data, the folder of label maps")
+            for number in args.processes:
+                for n in args.slices:
+                    rate = slices_a_second(args.data, device=args.device, num_slices=n, processes=number)
+                    print(f"{args.device}, processes {number}, studies of {n} slices: {rate:.0f} slices a second", flush=True)
             return 0
         if not args.name or not args.out:
             raise ValueError("expected the name of a recipe and --out DIR")

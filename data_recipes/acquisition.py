@@ -168,6 +168,43 @@ def acquire(
     return torch.where(codes[0] > 0, noisy, 0.0) if stripped else noisy
 
 
+@dataclass(frozen=True)
+class ThickSlices:
+    """Slices that run across the image: a study of thick slices, looked at in another plane than it was acquired in."""
+
+    axis: int
+    """1 rows, 2 columns."""
+    gap_mm: float
+    thickness_mm: float
+    first_mm: float
+    """Where the first of them lies, from the first pixel."""
+
+    def read(self, count: int, pixel_mm: float) -> Tensor:
+        """(count, count) weights: tissue averaged over every slice, and between slices what interpolation makes of them."""
+        pixels = torch.arange(count) * pixel_mm
+        slices = torch.arange(self.first_mm, float(pixels[-1]) + self.gap_mm, self.gap_mm)
+        inside = ((self.thickness_mm / 2 - (pixels[None] - slices[:, None]).abs()) / pixel_mm + 0.5).clamp(0, 1)
+        inside = inside / inside.sum(1, keepdim=True).clamp(min=1e-6)
+        place = ((pixels - self.first_mm) / self.gap_mm).clamp(0, len(slices) - 1)
+        between = (1 - (place[:, None] - torch.arange(len(slices))).abs()).clamp(min=0)
+        return between @ inside
+
+    def seen(self, images: Tensor, pixel_mm: float) -> Tensor:
+        """(P, H, W) images as they look across their slices."""
+        weights = self.read(images.shape[self.axis], pixel_mm).to(images.device)
+        return weights @ images if self.axis == 1 else images @ weights.T
+
+    def noisier(self, noise: float, pixel_mm: float) -> float:
+        """Noise of a pixel before averaging over a slice lowers it, as far as a magnitude image bears it."""
+        return max(noise, min(0.06, noise * math.sqrt(max(1.0, self.thickness_mm / pixel_mm))))
+
+
+def draw_thick_slices(g: torch.Generator) -> ThickSlices:
+    """Draw them."""
+    gap = math.exp(uniform(g, math.log(2.0), math.log(7.5)))
+    return ThickSlices(pick(g, (1, 2), (0.7, 0.3)), gap, gap * uniform(g, 0.7, 1.0), uniform(g, 0, gap))
+
+
 def simulate_kspace(g: torch.Generator, image: Tensor, *, size: int, variation: float = 1.0) -> dict[str, Tensor]:
     """Undersampled multi-coil k-space of one slice (H, W).
 

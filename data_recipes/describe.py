@@ -272,7 +272,8 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
     kinds = {"both": 0.16, "sequence": 0.14, "plane": 0.1, "weighting": 0.1, "contrast": 0.1, "visible": 0.14, "signal": 0.08,
              "level": 0.06, "parameter": 0.06, "off": 0.06}
     if v.wide:  # what is asked rarely is learnt all the same
-        kinds |= {"limits": 0.05, "organ": 0.14, "modality": 0.1, "knowledge": 0.12, "off": 0.26, "level": 0.2}
+        kinds |= {"limits": 0.05, "organ": 0.18, "modality": 0.1, "knowledge": 0.12, "off": 0.26, "level": 0.36, "both": 0.26}
+        kinds["contrast"] = 0.14
     kind = pick(v.g, tuple(kinds), tuple(kinds.values()))
     if kind == "both":
         ask = v.ask("sequence and plane")
@@ -315,7 +316,8 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
         ask = v.ask("signal")
         answer = level3(v, f) or "I cannot tell."
     elif kind == "level":
-        level, request = pick(v.g, ((level2, "anatomy"), (level5, "impression"), (level4, "findings"), (level1, "technique")))
+        levels = (level2, "anatomy"), (level5, "impression"), (level4, "findings"), (level1, "technique")
+        level, request = pick(v.g, levels, (0.3, 0.2, 0.2, 0.3) if v.wide else None)
         ask, answer = v.ask(request), level(v, f)
     elif kind == "parameter":
         name, short, slot = pick(v.g, (("echo time", "TE", "<te> ms"), ("repetition time", "TR", "<tr> ms"),
@@ -361,7 +363,7 @@ def describe(record: Record, g: torch.Generator, *, wide: bool = False) -> Recor
     if not record.signal:  # told once more otherwise
         record = replace(record, signal=signal_words(normalise(record.images)[:, 1], record.labels, record.lesions))
     f, v = facts_of(record), Voice(g, wide)
-    shares, most = ((0.26, 0.19, 0.1, 0.1, 0.35), (4, 6, 8, 10, 12)) if wide else ((0.27, 0.18, 0.14, 0.12, 0.29), (2, 4, 6, 8, 10))
+    shares, most = ((0.25, 0.19, 0.1, 0.08, 0.38), (4, 6, 8, 10, 12)) if wide else ((0.27, 0.18, 0.14, 0.12, 0.29), (2, 4, 6, 8, 10))
     exchanges = [pick(g, TURNS, shares)(v, f) for _ in range(pick(g, most))]
     return replace(
         record,

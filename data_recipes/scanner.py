@@ -19,7 +19,7 @@ from omnimri.example import Record
 from omnimri.grid import COLUMNS, NEIGHBOUR_MM, NORMAL, ROWS
 from omnimri.measure import lobe_of, place_of, rank_components
 
-from .acquisition import acquire, draw_quality, simulate_kspace
+from .acquisition import ThickSlices, acquire, draw_quality, simulate_kspace
 from .head import Lattice, Lookup, draw_warp
 from .pathology import draw_kinds, draw_spot, seeds_of, write
 from .protocol import SHARES, Protocol, draw_protocol, signals
@@ -204,6 +204,7 @@ def scan_record(
     num_samples: int,
     kspace_size: int,
     device: torch.device,
+    thick: ThickSlices | None = None,
 ) -> Record:
     """Acquire one study: everything but its text."""
     along, index, share = planes_of(scan)
@@ -253,7 +254,10 @@ def scan_record(
     mean, texture = signals(g, scan.protocol, scan.variation)
     quality = draw_quality(g, technique=scan.protocol.technique, field_t=scan.protocol.field_t, stripped=scan.stripped, size=size,
                            variation=scan.variation)
-    volume = acquire(g, codes, mean, texture, quality, pixel_mm=scan.spacing_mm[1], planes=along, stripped=scan.stripped)
+    taken = replace(quality, noise=thick.noisier(quality.noise, scan.spacing_mm[1])) if thick else quality
+    volume = acquire(g, codes, mean, texture, taken, pixel_mm=scan.spacing_mm[1], planes=along, stripped=scan.stripped)
+    if thick:
+        volume = thick.seen(volume, scan.spacing_mm[1])
     if dropout is not None:
         volume = volume * dropout
     middle = index[:, 1].to(device)

@@ -14,8 +14,12 @@ from typing import Any
 from . import STAGES
 
 DATA_KEYS = {"recipe": str, "image_size": int, "num_slices": int, "vocab_size": int, "max_slices": int,
-             "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int, "num_cascades": int, "cascade_width": int,
-             "reuse": int, "tellings": int, "text_layers": int, "stem_widths": lambda v: [int(n) for n in v.split(",")]}
+             "mask_share": float, "word_share": float, "image_share": float, "kspace_size": int,
+             "across_share": float, "num_cascades": int, "cascade_width": int,
+             "reuse": int, "tellings": int, "text_layers": int, "stem_widths": lambda v: [int(n) for n in v.split(",")],
+             "extra_blocks": lambda v: [int(n) for n in v.split(",")]}
+SHAPES = {"num_cascades", "cascade_width", "stem_widths", "extra_blocks"}
+"""Settings of the model's configuration; what has another shape than in --init begins anew."""
 RATE = "learning_rate."
 """`--set learning_rate.GLOB=RATE` goes before the stage's own rates; 0 freezes."""
 
@@ -31,7 +35,8 @@ def build_recipe(name: str, data: str | None, model_size: int, settings: dict[st
     if name == "synthetic":
         if not data:
             raise ValueError("recipe synthetic needs --data, the folder of label maps (or OMNIMRI_DATA)")
-        return Synthetic(data, numbers=numbers, image_size=model_size, kspace_size=size, mirror=kspace, **slices)
+        across = settings.get("across_share", 0.0)
+        return Synthetic(data, numbers=numbers, image_size=model_size, kspace_size=size, mirror=kspace, across_share=across, **slices)
     raise ValueError(f"unknown recipe {name!r}; expected phantom or synthetic")
 
 
@@ -88,7 +93,7 @@ def new_model(name: str, settings: dict[str, Any], *, base: Path | None, vision:
     named = base_of(base) if base else {}
     tokenizer = extend_tokenizer(load_tokenizer(base)) if base else new_tokenizer(settings)
     config = preset(name, vocab_size=len(tokenizer), image_size=settings.get("image_size"))
-    for key in {"num_cascades", "cascade_width", "stem_widths"} & set(settings):
+    for key in SHAPES & set(settings):
         setattr(config, key, settings[key])
     config.text_config.num_hidden_layers = settings.get("text_layers", config.text_config.num_hidden_layers)
     if base:
@@ -171,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         if source_of_weights is not None:
             tokenizer = load_tokenizer(source_of_weights)
             config = OmniMRIConfig.from_pretrained(str(source_of_weights))
-            for key in {"num_cascades", "cascade_width", "stem_widths"} & set(settings):
+            for key in SHAPES & set(settings):
                 setattr(config, key, settings[key])
             if resumed is None and {"vocab_size", "text_layers"} & set(settings):
                 if config.base:

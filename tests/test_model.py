@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from omnimri.example import LESION_CLASS, prepare, segment_classes
 from omnimri.model.config import preset
 from omnimri.model.omnimri import OmniMRI
 from omnimri.physics import fft2c, gaussian_coils, ifft2c, line_mask
+from omnimri.tasks.segment import UNKNOWN, Segment, SegmentTarget, root_weights
 
 
 def seen_by(model, records):
@@ -167,6 +169,37 @@ def test_full_sampling_returns_exactly_at_any_size(model):
             assert float((under.image[0].abs() - image.abs()).abs().max()) > 1e-3
             assert float(under.spread.min()) > 0
     assert torch.allclose(ifft2c(fft2c(image)), image, atol=1e-6)
+
+
+def test_extra_blocks_begin_as_identity(model):
+    """A pixel decoder with more blocks sees what the one it begins with sees."""
+    config = deepcopy(model.config)
+    config.extra_blocks = [0, 1, 0, 2, 1]
+    deeper = OmniMRI(config).eval()
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    images, positions = torch.rand(1, 2, 3, config.image_size, config.image_size), torch.tensor([[0.0, 4.0]])
+    with torch.no_grad():
+        patches = model.encode(images, positions, torch.zeros(1, dtype=torch.long))
+        torch.testing.assert_close(deeper.pixels(images, patches, positions).fine, model.pixels(images, patches, positions).fine)
+    config.extra_blocks = [1]
+    with pytest.raises(ValueError, match="extra_blocks at 5 strides"):
+        OmniMRI(config)
+
+
+def test_a_small_lesion_weighs_the_same_beside_a_large_one():
+    """Missing it costs what it costs alone."""
+    small, large = torch.zeros(1, 48, 48, dtype=torch.long), torch.zeros(1, 48, 48, dtype=torch.long)
+    small[0, 2:6, 2:6] = 2
+    large[0, 20:44, 20:44] = 1
+    weights = root_weights(small + large, UNKNOWN)
+    torch.testing.assert_close(weights[small > 0].sum(), root_weights(small, UNKNOWN)[small > 0].sum())
+    assert float(weights[small > 0].sum()) == pytest.approx(4.0)
+    target = SegmentTarget(torch.zeros_like(small), torch.where(large > 0, UNKNOWN, small))
+    assert target.lesion.unique().tolist() == [0, 1, UNKNOWN]
+    seen = torch.where(small > 0, 8.0, -8.0)
+    missed = torch.full((1, 48, 48), -8.0)
+    loss = [float(Segment().loss((torch.zeros(1, 3, 48, 48), x), target)["lesion"][0]) for x in (seen, missed)]
+    assert loss[0] < 0.1 < 30 < loss[1]
 
 
 def test_prepare_gives_every_segment_its_class(tokenizer, phantom):

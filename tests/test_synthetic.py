@@ -15,7 +15,7 @@ import torch
 
 from data_recipes import Synthetic
 from data_recipes.__main__ import main
-from data_recipes.acquisition import Quality, acquire, blurred, simulate_kspace
+from data_recipes.acquisition import Quality, ThickSlices, acquire, blurred, simulate_kspace
 from data_recipes.describe import LOOKS, Facts, finding, level5
 from data_recipes.head import Lattice, read_head
 from data_recipes.pathology import KINDS, draw_spot, write
@@ -192,6 +192,41 @@ def test_a_gpu_makes_the_same_studies(recipe, maps):
         here, there = recipe.record(3, k), other.record(3, k)
         assert float((here.labels != there.labels.cpu()).float().mean()) < 1e-3
         assert float((here.images - there.images.cpu()).abs().median()) < 1e-3 * float(here.images.max())
+
+
+def test_thick_slices_of_another_plane(maps, recipe):
+    """Tissue is averaged over a slice and interpolated between slices; a study differs in nothing else but what that hides."""
+    thick = ThickSlices(axis=1, gap_mm=4.0, thickness_mm=4.0, first_mm=2.0)
+    ramp = torch.arange(24.0)[:, None].expand(24, 6)
+    seen = thick.seen(ramp[None], 1.0)[0]
+    torch.testing.assert_close(seen[2:20], ramp[2:20], atol=0.51, rtol=0)  # a slice's mean is its middle's value
+    torch.testing.assert_close(seen[:, 0].diff()[3:18], torch.ones(15), atol=0.05, rtol=0)
+    step = thick.seen((ramp >= 12).float()[None], 1.0)[0, :, 0]
+    assert 4 <= int(((step > 0.01) & (step < 0.99)).sum()) <= 8
+    rows, columns = (ThickSlices(axis, 4.0, 3.0, 1.0) for axis in (1, 2))
+    torch.testing.assert_close(columns.seen(ramp.T[None], 1.0)[0].T, rows.seen(ramp[None], 1.0)[0])
+    other = Synthetic(maps, numbers=(1,), image_size=96, num_slices=4, across_share=0.5)
+    changed = 0
+    for i in range(12):
+        plain, across = recipe.record(3, i), other.record(3, i)
+        assert torch.equal(plain.labels, across.labels)
+        assert (plain.sequence, plain.spacing_mm) == (across.sequence, across.spacing_mm)
+        changed += not torch.equal(plain.images, across.images)
+    assert 1 <= changed <= 9
+
+
+def test_speed_is_told(maps, capsys, monkeypatch):
+    """Slices a second, by processes that each make studies."""
+    from data_recipes import speed
+
+    monkeypatch.setattr(speed, "MAPS", (1,))
+    monkeypatch.setattr(speed, "SECONDS", 0.5)
+    assert main(["speed", "--data", str(maps), "--slices", "2"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("cpu, processes 1, studies of 2 slices: ")
+    assert float(told.split(": ")[1].split()[0]) > 0
+    assert main(["speed"]) == 2
+    assert "--data" in capsys.readouterr().err
 
 
 def test_studies_hold_together(recipe):

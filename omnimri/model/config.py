@@ -17,6 +17,7 @@ class OmniMRIConfig(PreTrainedConfig):
         max_slices: Most slices the language model sees.
         pixel_width: Channels of a pixel feature, and of a mask query.
         stem_widths: Channels of the pixel decoder at strides 2, 4, 8, 16 and 32.
+        extra_blocks: Residual blocks more at each of these strides; none where empty.
         num_cascades: Unrolled data-consistency steps of the reconstruction.
         cascade_width: Channels of a cascade's regulariser.
         lora_rank: Rank of the LoRA adapters on the language model; 0 for none.
@@ -37,6 +38,7 @@ class OmniMRIConfig(PreTrainedConfig):
         max_slices: int = 8,
         pixel_width: int = 32,
         stem_widths: tuple[int, ...] = (32, 64, 96, 128, 128),
+        extra_blocks: tuple[int, ...] = (),
         num_cascades: int = 6,
         cascade_width: int = 48,
         lora_rank: int = 0,
@@ -51,6 +53,7 @@ class OmniMRIConfig(PreTrainedConfig):
         self.max_slices = max_slices
         self.pixel_width = pixel_width
         self.stem_widths = list(stem_widths)
+        self.extra_blocks = list(extra_blocks)
         self.num_cascades = num_cascades
         self.cascade_width = cascade_width
         self.lora_rank = lora_rank

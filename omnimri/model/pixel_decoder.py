@@ -92,6 +92,10 @@ class PixelDecoder(nn.Module):
         )
         self.lift = nn.ModuleList(nn.Conv2d(b, a * 4, 1) for a, b in pairwise(widths))
         self.mix = nn.ModuleList(Residual(a) for a in widths[:-1])
+        extra = config.extra_blocks or [0] * len(widths)
+        if len(extra) != len(widths):
+            raise ValueError(f"expected extra_blocks at {len(widths)} strides or none, got {len(extra)}")
+        self.extra = nn.ModuleList(nn.Sequential(*(Residual(a) for _ in range(n))) for a, n in zip(widths, extra, strict=True))
         # LayerNorm, not GroupNorm: torch 2.13's channels-last GroupNorm backward crashes on inputs without gradient.
         size = config.vision_config.hidden_size
         self.patches = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, widths[PATCHES_AT]))
@@ -107,7 +111,7 @@ class PixelDecoder(nn.Module):
         for down in self.down:
             x = down(x)
             levels.append(x)
-        coarse = x
+        coarse = x = self.extra[-1](x)
         for k in reversed(range(len(self.mix))):
             x = levels[k] + F.pixel_shuffle(self.lift[k](x), 2)
             if k == PATCHES_AT:
@@ -117,7 +121,7 @@ class PixelDecoder(nn.Module):
                 x = x + patches
             if k == DEPTH_AT:
                 x = self.depth(x, positions_mm)
-            x = self.mix[k](x)
+            x = self.extra[k](self.mix[k](x))
             if k == 1:
                 coarse = x
         return Pixels(fine=self.fine(x), coarse=coarse)

@@ -62,8 +62,13 @@ class SegmentTarget:
 
     labels: Tensor
     """(N, h, w) long, UNKNOWN where unlabelled."""
-    lesion: Tensor
-    """(N, h, w) long: 0, 1 or UNKNOWN."""
+    ranks: Tensor
+    """(N, h, w) long: 0, the number of a lesion, or UNKNOWN."""
+
+    @property
+    def lesion(self) -> Tensor:
+        """(N, h, w) long: 0, 1 or UNKNOWN."""
+        return torch.where(self.ranks == UNKNOWN, self.ranks, (self.ranks > 0).long())
 
 
 def root_weights(labels: Tensor, num_classes: int) -> Tensor:
@@ -90,13 +95,13 @@ class Segment:
         """Labels of every second pixel, offset by `phase`."""
         cut = (..., slice(phase // 2, None, 2), slice(phase % 2, None, 2))
         labels, lesions = (batch[k].flatten(0, 1)[cut].long() for k in ("labels", "lesions"))
-        return SegmentTarget(labels, torch.where(lesions == UNKNOWN, lesions, (lesions > 0).long()))
+        return SegmentTarget(labels, lesions)
 
     def loss(self, predicted: tuple[Tensor, Tensor], target: SegmentTarget) -> dict[str, tuple[Tensor, Tensor]]:
         """Cross-entropy and soft Dice over structures; both over the lesion mask.
 
-        Cross-entropies weigh every class of a slice by the root of its size: unweighted, small structures are given up
-        early and soft Dice, whose gradient fades with the probability, does not bring them back.
+        Cross-entropies weigh every class, and every lesion, of a slice by the root of its size: unweighted, small ones are
+        given up early and soft Dice, whose gradient fades with the probability, does not bring them back.
         """
         structures, lesion = (p.float() for p in predicted)
         k = structures.shape[1]
@@ -108,7 +113,7 @@ class Segment:
         present = (truth.sum(1) > 0).float()
         present[0] = 0
         overlap = 2 * (probability * truth).sum(1) / (probability.sum(1) + truth.sum(1) + 1)
-        seen, lesion_weight = target.lesion != UNKNOWN, root_weights(target.lesion, 2)
+        seen, lesion_weight = target.ranks != UNKNOWN, root_weights(target.ranks, UNKNOWN)
         lesion_truth = (target.lesion == 1).float()
         bce = F.binary_cross_entropy_with_logits(lesion, lesion_truth, reduction="none") * lesion_weight
         p = lesion.sigmoid() * seen
