@@ -114,10 +114,10 @@ class Whole(Updates):
         for name, value in state.items():
             parameter, _, key = name.rpartition("|")
             owner = parameters[parameter]
-            if key != "step":
-                value = value.to(owner.device)
-            elif self.config.optimizer == "adamw8bit":
+            if key == "step" and self.config.optimizer == "adamw8bit":
                 value = int(value)  # bitsandbytes counts in a plain integer
+            else:
+                value = value.to(owner.device)  # the fused step counts there too
             self.optimizer.state[owner][key] = value
 
 
