@@ -143,10 +143,14 @@ def lattice_of(scan: Scan, along: Tensor, size: int, device: torch.device) -> La
     return Lattice(scan.plane, along.to(device), (ROWS[scan.plane][1] * line).to(device), (COLUMNS[scan.plane][1] * line).to(device))
 
 
-def draw_remap(g: torch.Generator, scan: Scan) -> Tensor:
-    """(NUM_CODES,) uint8: what each code becomes in this person: atrophy, and what a skull stripper leaves."""
+def draw_remap(g: torch.Generator, scan: Scan, *, hyperintensities: bool) -> Tensor:
+    """(NUM_CODES,) uint8: what each code becomes in this person: atrophy, and what a skull stripper leaves.
+
+    Args:
+        hyperintensities: Whether those of the label map stay. Most are rims of 1 or 2 mm around the ventricles, as healthy people have.
+    """
     table = BASE_OF_CODE.clone()
-    if scan.normal:
+    if not hyperintensities:
         for side in ("left", "right"):
             table[CODE[f"{side} wmh"]] = CODE[f"{side} cerebral white matter"]
     for k in range(1, WHITE_SHELLS + 1):
@@ -215,7 +219,8 @@ def scan_record(
                      variation=scan.variation)
     points = warp(lattice.points(), along, ventricles)
     dropout = distort(g, points, scan, *brain_box) if scan.protocol.technique in ("DWI", "ADC", "T2*") else None
-    remap = draw_remap(g, scan).to(device)
+    small_vessels = disease[:1] == ["white-matter hyperintensity"]
+    remap = draw_remap(g, scan, hyperintensities=small_vessels).to(device)
     if scan.mirrored:
         remap = swap_sides(remap)
     pixel = torch.tensor([scan.thickness_mm, scan.spacing_mm[1], scan.spacing_mm[2]])
@@ -248,7 +253,7 @@ def scan_record(
     owner = torch.zeros_like(codes[0])
     for number, spot in enumerate(spots, 1):
         write(spot, number, codes, owner, lattice, offsets, relative)
-    if hydrocephalus or (disease and disease[0] == "white-matter hyperintensity" and uniform(g, 0, 1) < 0.6):
+    if hydrocephalus or (small_vessels and uniform(g, 0, 1) < 0.6):
         periventricular(g, codes, "oedema" if hydrocephalus else "wmh")
     kinds = ["hydrocephalus with transependymal oedema" if hydrocephalus else "white-matter hyperintensity", *(s.kind for s in spots)]
     mean, texture = signals(g, scan.protocol, scan.variation)
