@@ -32,6 +32,8 @@ from omnimri.tasks.reconstruct import fast_bf16
 
 SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
+DOUBT_MARGIN = 1.25
+"""Limit of the share of doubtful pixels over the largest held-out one, for the same reason; what is no brain has twice the latter."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which a lesion may be shown where one plane is looked at."""
 FALSE_ALARM_SHARE_HEADS = 0.1
@@ -44,7 +46,7 @@ LEAST_LESION_ML = 0.1
 HEAD_SLICES = 24
 """Slices of a whole head for the rule of lesions."""
 
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998)
 """Lesion probabilities that are tried."""
 LEAST_PRECISION = 0.9
 """Smallest share of the held-out studies that get a sequence's name in which it is right."""
@@ -219,7 +221,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, heads: A
     scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
     doubts = torch.tensor([look.doubt for look in looks])
-    model.config.doubt_limit = float(doubts.max())  # real scans, tumours above all, are more doubtful than simulated ones
+    model.config.doubt_limit = DOUBT_MARGIN * float(doubts.max())
     tried: dict[float, tuple[float, float]] = {}
     for threshold in THRESHOLDS:
         normal = alarms = diseased = found = 0

@@ -22,7 +22,7 @@ from data_recipes.pathology import KINDS, draw_spot, write
 from data_recipes.phantom import head_codes
 from data_recipes.protocol import draw_protocol, signals
 from data_recipes.recipe import generator
-from data_recipes.scanner import burn
+from data_recipes.scanner import burn, draw_remap, draw_scan
 from data_recipes.tissue import CODE, NUM_CODES, SIDE_OF_CODE
 from data_recipes.wording import REQUESTS, Voice
 from omnimri.anatomy import NAMES, SEQUENCES, STRUCTURES
@@ -213,6 +213,18 @@ def test_thick_slices_of_another_plane(maps, recipe):
         assert (plain.sequence, plain.spacing_mm) == (across.sequence, across.spacing_mm)
         changed += not torch.equal(plain.images, across.images)
     assert 1 <= changed <= 9
+
+
+def test_hyperintensities_of_the_map_are_of_one_disease(recipe):
+    """Healthy people have rims around their ventricles: without small-vessel disease they are white matter, and no study calls them lesions."""
+    scan = draw_scan(generator(0), num_slices=4, size=96, brain_box=(recipe.heads[0].low, recipe.heads[0].high),
+                     head_centre=recipe.heads[0].centre, mirror=False)
+    for side in ("left", "right"):
+        kept, gone = (int(draw_remap(generator(0), scan, hyperintensities=h)[CODE[f"{side} wmh"]]) for h in (True, False))
+        assert (kept, gone) == (CODE[f"{side} wmh"], CODE[f"{side} cerebral white matter"])
+    told = [set(recipe.record(0, i).lesion_kinds) for i in range(40)]
+    assert any("white-matter hyperintensity" in kinds for kinds in told)
+    assert not any("white-matter hyperintensity" in kinds and len(kinds) > 1 for kinds in told)
 
 
 def test_speed_is_told(maps, capsys, monkeypatch):
