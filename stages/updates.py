@@ -114,11 +114,8 @@ class Whole(Updates):
         for name, value in state.items():
             parameter, _, key = name.rpartition("|")
             owner = parameters[parameter]
-            if key == "step" and self.config.optimizer == "adamw8bit":
-                value = int(value)  # bitsandbytes counts in a plain integer
-            else:
-                value = value.to(owner.device)  # the fused step counts there too
-            self.optimizer.state[owner][key] = value
+            plain = key == "step" and self.config.optimizer == "adamw8bit"  # bitsandbytes counts on the host, fused AdamW does not
+            self.optimizer.state[owner][key] = int(value) if plain else value.to(owner.device)
 
 
 class Sharded(Updates):

@@ -216,7 +216,7 @@ def test_thick_slices_of_another_plane(maps, recipe):
 
 
 def test_hyperintensities_of_the_map_are_of_one_disease(recipe):
-    """Healthy people have rims around their ventricles: without small-vessel disease they are white matter, and no study calls them lesions."""
+    """Healthy people have rims around their ventricles: without small-vessel disease they are white matter, and no lesion."""
     scan = draw_scan(generator(0), num_slices=4, size=96, brain_box=(recipe.heads[0].low, recipe.heads[0].high),
                      head_centre=recipe.heads[0].centre, mirror=False)
     for side in ("left", "right"):
