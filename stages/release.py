@@ -173,8 +173,10 @@ def choose_rule(config: Any, studies: list[list[tuple[float, bool | None]]], nor
         return sum(ok for *_, ok in found) / max(1, len(found))
 
     tried = [t for t in THRESHOLDS if t >= LesionRule.sure] if sum(normal) >= LEAST_NORMAL else []
-    sure = min((t for t in tried if alarms(t) <= FALSE_ALARM_SHARE_HEADS), default=NEVER)
-    further = min((t for t in tried if t < sure and precision(shown(sure, t)) >= LEAST_FURTHER_PRECISION), default=sure)
+    quiet = [t for t in tried if alarms(t) <= FALSE_ALARM_SHARE_HEADS]
+    pairs = [(sum(ok for *_, ok in shown(s, t)), -s, -t) for s in quiet for t in tried if t <= s and precision(shown(s, t)) >= LEAST_FURTHER_PRECISION]
+    least = min(quiet, default=NEVER)
+    sure, further = (-x for x in max(pairs)[1:]) if pairs else (least, least)
     found = shown(sure, further)
     config.lesion_rule = {"sure": sure, "sure_alone": alone, "further": further, "least_ml": LEAST_LESION_ML}
     if {ok for *_, ok in found} == {True, False}:
