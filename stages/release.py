@@ -32,8 +32,8 @@ from omnimri.tasks.reconstruct import fast_bf16
 
 SCOPE_MARGIN = 2.0
 """Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
-DOUBT_MARGIN = 1.25
-"""Limit of the share of doubtful pixels over the largest held-out one, for the same reason; what is no brain has twice the latter."""
+DOUBT_MARGIN = 1.1
+"""Limit of the share of doubtful pixels over the largest held-out one, for the same reason: half way to stripes of a sine."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which a lesion may be shown where one plane is looked at."""
 FALSE_ALARM_SHARE_HEADS = 0.1
