@@ -174,7 +174,8 @@ def choose_rule(config: Any, studies: list[list[tuple[float, bool | None]]], nor
 
     tried = [t for t in THRESHOLDS if t >= LesionRule.sure] if sum(normal) >= LEAST_NORMAL else []
     quiet = [t for t in tried if alarms(t) <= FALSE_ALARM_SHARE_HEADS]
-    pairs = [(sum(ok for *_, ok in shown(s, t)), -s, -t) for s in quiet for t in tried if t <= s and precision(shown(s, t)) >= LEAST_FURTHER_PRECISION]
+    pairs = [(sum(ok for *_, ok in shown(s, t)), -s, -t) for s in quiet for t in tried
+             if t <= s and precision(shown(s, t)) >= LEAST_FURTHER_PRECISION]
     least = min(quiet, default=NEVER)
     sure, further = (-x for x in max(pairs)[1:]) if pairs else (least, least)
     found = shown(sure, further)
