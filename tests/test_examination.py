@@ -77,7 +77,7 @@ def test_the_rule_of_lesions_is_chosen_on_held_out_studies():
     rule = LesionRule.of(config)
     assert rule.sure_alone == 0.98
     assert rule.confidence(0.99, 0.99, 0.0) > 0.9 > 0.6 > rule.confidence(0.93, 0.93, 0.0)
-    for studies in ([[(0.9995, False)]] * 10, [[]] * 9):
+    for studies in ([[(0.9999, False)]] * 10, [[]] * 9):
         choose_rule(config, studies, [True] * len(studies), alone=0.9)
         assert config.lesion_rule["sure"] > 1  # nothing is ever shown: all would be false; too few to tell
         assert "weights" not in config.lesion_rule
