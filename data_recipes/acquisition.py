@@ -182,7 +182,7 @@ class ThickSlices:
     def read(self, count: int, pixel_mm: float) -> Tensor:
         """(count, count) weights: tissue averaged over every slice, and between slices what interpolation makes of them."""
         pixels = torch.arange(count) * pixel_mm
-        slices = torch.arange(self.first_mm, float(pixels[-1]) + self.gap_mm, self.gap_mm)
+        slices = torch.arange(self.first_mm, float(pixels[-1]) + pixel_mm / 2, self.gap_mm)
         inside = ((self.thickness_mm / 2 - (pixels[None] - slices[:, None]).abs()) / pixel_mm + 0.5).clamp(0, 1)
         inside = inside / inside.sum(1, keepdim=True).clamp(min=1e-6)
         place = ((pixels - self.first_mm) / self.gap_mm).clamp(0, len(slices) - 1)

@@ -272,8 +272,8 @@ def question_turns(v: Voice, f: Facts) -> list[Message]:
     kinds = {"both": 0.16, "sequence": 0.14, "plane": 0.1, "weighting": 0.1, "contrast": 0.1, "visible": 0.14, "signal": 0.08,
              "level": 0.06, "parameter": 0.06, "off": 0.06}
     if v.wide:  # what is asked rarely is learnt all the same
-        kinds |= {"limits": 0.05, "organ": 0.18, "modality": 0.1, "knowledge": 0.12, "off": 0.26, "level": 0.36, "both": 0.26}
-        kinds["contrast"] = 0.14
+        kinds |= {"limits": 0.05, "organ": 0.18, "modality": 0.1, "knowledge": 0.12, "off": 0.26, "level": 0.36, "both": 0.26,
+                  "contrast": 0.14}
     kind = pick(v.g, tuple(kinds), tuple(kinds.values()))
     if kind == "both":
         ask = v.ask("sequence and plane")

@@ -12,13 +12,15 @@ import torch
 from .synthetic import Synthetic
 
 MAPS, SECONDS = (1, 2), 10.0
+START_SECONDS = 300
+"""A process waits so long for the others to be ready; one that fails would be waited for without end."""
 
 
 def _make(folder: str, numbers: tuple[int, ...], device: str, num_slices: int, seconds: float, ready: Any, made: Any) -> None:
     torch.set_num_threads(1)
     recipe = Synthetic(folder, numbers=numbers, num_slices=num_slices, kspace_size=0, device=device)
     recipe.record(0, 0)
-    ready.wait()
+    ready.wait(START_SECONDS)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
         count += len(recipe.record(1, count).images)
@@ -29,8 +31,10 @@ def slices_a_second(folder: str | Path, *, device: str, num_slices: int, process
     """Slices of 192 x 192 with masks and text, by all processes, each of which makes one study after another on `device`.
 
     Raises:
-        ValueError: the folder holds no label maps.
+        ValueError: the folder holds no label maps, there is no such device, or a process failed.
     """
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"expected cpu, or cuda where there is a GPU, got {device!r}")
     Synthetic(folder, numbers=MAPS, kspace_size=0)  # what is wrong is told here
     spawned = multiprocessing.get_context("spawn")  # no child of a fork can use an accelerator
     ready, made = spawned.Barrier(processes), spawned.Queue()
@@ -39,8 +43,6 @@ def slices_a_second(folder: str | Path, *, device: str, num_slices: int, process
         child.start()
     for child in children:
         child.join()
-        if child.exitcode:
-            ready.abort()  # the others would wait for it
     if any(child.exitcode for child in children):
         raise ValueError(f"expected {processes} processes to make studies on {device}, got an error in one (see above)")
     return sum(made.get() for _ in children)

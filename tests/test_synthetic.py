@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from copy import copy
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -17,7 +19,7 @@ from data_recipes import Synthetic
 from data_recipes.__main__ import main
 from data_recipes.acquisition import Quality, ThickSlices, acquire, blurred, simulate_kspace
 from data_recipes.describe import LOOKS, Facts, finding, level5
-from data_recipes.head import Lattice, read_head
+from data_recipes.head import PAD, Lattice, read_head
 from data_recipes.pathology import KINDS, draw_spot, write
 from data_recipes.phantom import head_codes
 from data_recipes.protocol import draw_protocol, signals
@@ -222,8 +224,16 @@ def test_hyperintensities_of_the_map_are_of_one_disease(recipe):
     for side in ("left", "right"):
         kept, gone = (int(draw_remap(generator(0), scan, hyperintensities=h)[CODE[f"{side} wmh"]]) for h in (True, False))
         assert (kept, gone) == (CODE[f"{side} wmh"], CODE[f"{side} cerebral white matter"])
-    told = [set(recipe.record(0, i).lesion_kinds) for i in range(40)]
-    assert any("white-matter hyperintensity" in kinds for kinds in told)
+    head = recipe.heads[0]
+    codes = head.codes.clone()
+    x, y, z = ((head.low + head.high) / 2 + PAD).int().tolist()
+    block = codes[x - 60 : x - 20, y - 40 : y + 40, z + 10 : z + 40]  # a map with white-matter lesions of its own
+    block[block == CODE["left cerebral white matter"]] = CODE["left wmh"]
+    assert int((codes == CODE["left wmh"]).sum()) > 1000
+    sick = copy(recipe)
+    sick.heads = [replace(head, codes=codes)]
+    told = [set(sick.record(0, i).lesion_kinds) for i in range(40)]
+    assert {"white-matter hyperintensity"} in told
     assert not any("white-matter hyperintensity" in kinds and len(kinds) > 1 for kinds in told)
 
 
@@ -237,8 +247,9 @@ def test_speed_is_told(maps, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert told.startswith("cpu, processes 1, studies of 2 slices: ")
     assert float(told.split(": ")[1].split()[0]) > 0
-    assert main(["speed"]) == 2
-    assert "--data" in capsys.readouterr().err
+    for wrong, word in ((["speed"], "--data"), (["speed", "--data", str(maps), "--device", "abacus"], "'abacus'")):
+        assert main(wrong) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_studies_hold_together(recipe):
