@@ -202,8 +202,8 @@ def examine(
 
 
 def scope_score(model: OmniMRI, patches_NPD: Tensor, queries: Tensor, fine_NCHW: Tensor) -> float:
-    """The larger of two, each over its limit: the Mahalanobis distance of the study's mean patch feature from the training
-    data's, and the share of doubtful pixels in its masks.
+    """How unlike the training data a study is, 1 at the limit: the Mahalanobis distance of its mean patch feature, or that and the share
+    of doubtful pixels in its masks together. A large tumour makes masks doubtful, but no image unlike others; what is no head does both.
 
     An uncalibrated model (limit 0) gives 0: it cannot tell.
     """
@@ -211,11 +211,12 @@ def scope_score(model: OmniMRI, patches_NPD: Tensor, queries: Tensor, fine_NCHW:
         return 0.0
     off = patches_NPD.mean((0, 1)) - model.scope_mean
     far = float(torch.linalg.vector_norm(model.scope_whiten @ off) / model.scope_limit)
-    limit = getattr(model.config, "doubt_limit", 0.0)
-    if not limit:
+    together = getattr(model.config, "scope_together", 0.0)
+    if not together:
         return far
     parts = [Pixels(fine=part, coarse=part).phase(0).float() for part in fine_NCHW.split(CHUNK)]
-    return max(far, doubt(torch.cat([model.heads["segment"].logits(queries, part)[0].softmax(1) for part in parts])) / limit)
+    doubtful = doubt(torch.cat([model.heads["segment"].logits(queries, part)[0].softmax(1) for part in parts])) / model.config.doubt_limit
+    return max(far, (far + doubtful) / together)
 
 
 def doubt(probability_NKHW: Tensor) -> float:

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from omnimri.lesions import LESION_EDGE, LesionRule, log_odds
 from omnimri.measure import rank_components, signal_profile, signal_words
 from omnimri.tasks.reconstruct import fast_bf16
 
-SCOPE_MARGIN = 2.0
-"""Limit of the scope score over the largest held-out training-like score: real scans lie further out than simulated ones."""
-DOUBT_MARGIN = 1.1
-"""Limit of the share of doubtful pixels over the largest held-out one, for the same reason: half way to stripes of a sine."""
+SCOPE_SLICES = (4, 6, 8, 12)
+"""Slices of the studies that tell what lies in scope, in turn: the fewer, the more depends on which of them language sees."""
+SCOPE_QUANTILE, SCOPE_MARGIN = 0.98, 1.6
+"""Limits of the scope score over this quantile of the held-out ones: real scans and large tumours lie further out than most simulated
+heads, and the largest of those lies further out the more of them there are."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which a lesion may be shown where one plane is looked at."""
 FALSE_ALARM_SHARE_HEADS = 0.1
@@ -80,6 +82,21 @@ class Seen:
     def profile(self, lesion_threshold: float = 0.5) -> torch.Tensor:
         """How bright those masks are, in numbers (`omnimri.measure.signal_profile`)."""
         return signal_profile(self.image, self.classes, (self.lesion > lesion_threshold).long())
+
+
+def of_slices(recipe: Any, number: int) -> Any:
+    """The same recipe with studies of so many slices."""
+    other = copy(recipe)
+    other.num_slices = number
+    return other
+
+
+def features(model: Any, record: Record) -> torch.Tensor:
+    """(D,) mean patch feature of the slices for language."""
+    chosen = language_slices(record.images.shape[0], model.config.max_slices)
+    images, positions = normalise(record.images)[None, chosen], record.positions_mm[None, chosen]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=fast_bf16(images.device)):
+        return model.encode(images, positions, torch.tensor([PLANES.index(record.plane)])).float().mean((0, 1))
 
 
 def see(model: Any, tokenizer: Any, record: Record) -> Seen:
@@ -205,26 +222,28 @@ def log_odds_weights(found: list[tuple[float, float, bool]]) -> list[float]:
 
 
 @torch.inference_mode()
-def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, heads: Any, *, count: int) -> dict[str, Any]:
+def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int) -> dict[str, Any]:
     """Set the scope's mean, whitening and limit, and choose the rule of lesions and the thresholds of the sequence.
 
     Args:
         training: Recipe of the studies that were trained on.
         held_out: Recipe of studies that were not.
-        heads: Recipe of such in 24 slices.
     """
-    inside = torch.stack([see(model, tokenizer, training.record(101, i)).features for i in range(count)])
+    inside = torch.stack([features(model, of_slices(training, SCOPE_SLICES[i % len(SCOPE_SLICES)]).record(101, i)) for i in range(count)])
     model.scope_mean.copy_(inside.mean(0))
     off = inside - inside.mean(0)
     covariance = off.T @ off / (count - 1)
     values, vectors = torch.linalg.eigh(covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance)))
     model.scope_whiten.copy_(vectors @ torch.diag(values.clamp(min=1e-8).rsqrt()) @ vectors.T)
-    records = [held_out.record(102, i) for i in range(count)]
+    records = [of_slices(held_out, SCOPE_SLICES[i % len(SCOPE_SLICES)]).record(102, i) for i in range(count)]
     looks = [see(model, tokenizer, r) for r in records]
-    scores = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
-    model.scope_limit.copy_(SCOPE_MARGIN * scores.max())
+    far = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     doubts = torch.tensor([look.doubt for look in looks])
-    model.config.doubt_limit = DOUBT_MARGIN * float(doubts.max())
+    model.scope_limit.copy_(SCOPE_MARGIN * far.quantile(SCOPE_QUANTILE))
+    model.config.doubt_limit = SCOPE_MARGIN * float(doubts.quantile(SCOPE_QUANTILE))
+    far, doubts = far / model.scope_limit, doubts / model.config.doubt_limit
+    model.config.scope_together = SCOPE_MARGIN * float((far + doubts).quantile(SCOPE_QUANTILE))
+    scores = torch.maximum(far, (far + doubts) / model.config.scope_together)
     tried: dict[float, tuple[float, float]] = {}
     for threshold in THRESHOLDS:
         normal = alarms = diseased = found = 0
@@ -241,13 +260,13 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, heads: A
     alone = min((t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE), default=NEVER)
     sequence = sequence_thresholds(model, records, looks)
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
-    lesions = lesion_rule(model, tokenizer, heads, count=count // 2, alone=alone)
+    lesions = lesion_rule(model, tokenizer, of_slices(held_out, HEAD_SLICES), count=count // 2, alone=alone)
     model.config.lesion_sensitivity = min(model.config.lesion_sensitivity, tried.get(alone, (0.0, 0.0))[1])
     return {
         "scope_limit": float(model.scope_limit),
-        "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max())},
         "doubt_limit": model.config.doubt_limit,
-        "doubt_held_out": {"median": float(doubts.median()), "largest": float(doubts.max())},
+        "scope_together": model.config.scope_together,
+        "scope_scores_held_out": {"median": float(scores.median()), "largest": float(scores.max()), "refused": int((scores > 1).sum())},
         "lesions": lesions,
         "threshold_false_alarm_and_sensitivity": {str(k): [round(a, 3), round(b, 3)] for k, (a, b) in tried.items()},
         "sequence": sequence,
@@ -270,14 +289,12 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer, _ = load_model(source)
         if not model.config.base:
             model.merge_lora()
-        size = {"image_size": model.config.image_size, "kspace_size": 0, "num_slices": model.config.max_slices}
+        size = {"image_size": model.config.image_size, "kspace_size": 0}
         if args.data:
             training: Any = Synthetic(args.data, numbers=TRAINING_MAPS, **size)
             held_out: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size)
-            heads: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size | {"num_slices": HEAD_SLICES})
         else:
             training = held_out = Phantom(**size)
-            heads = Phantom(**size | {"num_slices": HEAD_SLICES})
         rounded = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
         model.load_state_dict({k: v.float() for k, v in rounded.items()})
         provenance = json.loads((source / "provenance.json").read_text())
@@ -286,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             if told is None or not hasattr(model.config, "lesion_rule"):
                 raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
         else:
-            told = calibrate(model, tokenizer, training, held_out, heads, count=args.count)
+            told = calibrate(model, tokenizer, training, held_out, count=args.count)
         rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
         for tied in model._tied_weights_keys:
             rounded.pop(tied)

@@ -10,7 +10,7 @@ import torch
 
 from omnimri.anatomy import SEQUENCES
 from omnimri.assistant import Assistant
-from omnimri.examination import more_planes, named_sequence
+from omnimri.examination import more_planes, named_sequence, scope_score
 from omnimri.lesions import LesionRule, lesion_ranks
 from omnimri.volume import Volume
 from stages.release import choose_rule
@@ -118,6 +118,18 @@ def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch
         monkeypatch.setattr(examination, "scope_score", lambda *_, score=score: score)
         made.forget()
         assert made.answer(open_study(scan_file), "What sequence is this?").study["sequence"] == told
+
+
+@pytest.mark.parametrize(("far", "doubtful", "out"), [(0.3, 0.9, False), (0.8, 0.1, False), (0.8, 0.9, True), (1.1, 0.0, True)])
+def test_doubt_alone_is_no_reason_to_refuse(far, doubtful, out):
+    """A large tumour makes masks doubtful; what is no head makes them so, and is unlike heads too."""
+    claimed, contested = torch.tensor([0.0, 5.0, 0.0]), torch.tensor([0.0, 0.1, 0.0])
+    share = torch.arange(100).view(1, 1, 10, 10) < 100 * doubtful
+    structures = torch.where(share, contested.view(1, 3, 1, 1), claimed.view(1, 3, 1, 1))
+    head = SimpleNamespace(logits=lambda *_: (structures, torch.zeros(1, 10, 10)))
+    model = SimpleNamespace(scope_limit=torch.tensor(1.0), scope_mean=torch.zeros(2), scope_whiten=torch.eye(2), heads={"segment": head},
+                            config=SimpleNamespace(scope_together=1.5, doubt_limit=1.0))
+    assert (scope_score(model, torch.tensor([[[far, 0.0]]]), torch.zeros(1, 2, 3), torch.zeros(1, 8, 10, 10)) > 1) == out
 
 
 def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypatch):
