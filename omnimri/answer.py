@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .anatomy import LESION
 from .examination import Examination
-from .lesions import Lesion
+from .lesions import Lesion, without_sides
 from .measure import size_word
 from .reconstruction import Reconstruction
 
@@ -25,6 +25,9 @@ _PARAMETERS = {
 _UNITS = {"<tr>": " ms", "<te>": " ms", "<ti>": " ms", "<tesla>": " T"}
 _SLOT_OF = {"echo time": "<te>", "repetition time": "<tr>", "inversion time": "<ti>", "field strength": "<tesla>"}
 """The slot of what a sentence speaks of: one value is not shown for another."""
+
+_BOTH_SIDES = ", on both sides of the midline"
+_OF_LARGEST = re.compile(rf"\b(?:largest|single {LESION})\b")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Finding:
             "name": LESION,
             "label": self.label,
             "side": self.lesion.side,
-            "location": self.lesion.place,
+            "location": self.lesion.told_place,
             "volume_ml": round(m.volume_ml, 3),
             "diameter_mm": round(m.diameter_mm, 1),
             "box_mm": [[round(v, 2) for v in corner] for corner in m.box_mm],
@@ -152,7 +155,9 @@ def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, num_
             elif re.fullmatch(r"<[a-z]+>", piece):
                 pieces[i] = current.get(piece, "not measured") if piece in ("<ml>", "<mm>", "<size>", "<slice>", "<percent>") else ""
         used += inside
-        out.append(re.sub(r"\s+([.,;])", r"\1", re.sub(r" {2,}", " ", "".join(pieces))).strip())
+        filled = re.sub(r"\s+([.,;])", r"\1", re.sub(r" {2,}", " ", "".join(pieces))).strip()
+        about = own[:1] if inside == 1 else measures[:1] if not inside and _OF_LARGEST.search(filled) else []
+        out.append(without_sides(filled) if any(_BOTH_SIDES in m.get("cite", "") for m in about) else filled)
     return " ".join(out)
 
 
@@ -164,5 +169,5 @@ def lesion_measures(lesion: Lesion, num_slices: int) -> dict[str, str]:
         "<mm>": f"{m.diameter_mm:.0f}",
         "<size>": size_word(m.diameter_mm),
         "<slice>": str(m.slice_index + 1),
-        "cite": f"(slice {m.slice_index + 1} of {num_slices}{', on both sides of the midline' if lesion.side == 'midline' else ''})",
+        "cite": f"(slice {m.slice_index + 1} of {num_slices}{_BOTH_SIDES if lesion.side == 'midline' else ''})",
     }

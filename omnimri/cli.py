@@ -260,7 +260,7 @@ def _print(answer: Answer, as_json: bool) -> None:
     print(answer.text)
     for f in answer.findings:
         m = f.lesion.measured
-        print(f"  finding {f.lesion.rank}  {f.lesion.place}  {m.volume_ml:.2f} ml  {m.diameter_mm:.0f} mm  slice {m.slice_index + 1}")
+        print(f"  finding {f.lesion.rank}  {f.lesion.told_place}  {m.volume_ml:.2f} ml  {m.diameter_mm:.0f} mm  slice {m.slice_index + 1}")
     for s in answer.structures:
         if s.voxels:
             print(f"  {s.label:3d}  {s.name}  {s.volume_ml:.1f} ml")

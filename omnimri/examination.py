@@ -5,7 +5,6 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from .conversation import MAX_LESION_EVIDENCE, card, query_messages, render
 from .example import LESION_CLASS, Example, Record, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
-from .lesions import Lesion, LesionRule, lesion_ranks, measured_lesion
+from .lesions import Lesion, LesionRule, lesion_ranks, measured_lesion, without_sides
 from .measure import brain_box, lesion_signals, right_of_midline, signal_profile, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
@@ -163,7 +162,7 @@ def examine(
     )
     places = tuple(lesion.place for lesion in lesions)
     if not volume.oriented:  # the card keeps the sides it was trained with; people are told none
-        lesions = tuple(replace(lesion, place=re.sub("^(?:left|right) ", "", lesion.place)) for lesion in lesions)
+        lesions = tuple(replace(lesion, place=without_sides(lesion.place)) for lesion in lesions)
     classes, seen_ranks = _on_lattice(grid, labels, ranks)
     signals = lesion_signals(example.images[:, 1], classes, seen_ranks, len(lesions))
     lesions = tuple(replace(lesion, signal=signal) for lesion, signal in zip(lesions, signals, strict=True))

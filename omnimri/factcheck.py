@@ -233,8 +233,9 @@ def ground_place(text: str, lesions: tuple[Lesion, ...]) -> Checked:
     if not lesions:
         return text, ()
     first = lesions[0]
-    untold = f"The lobe cannot be told; the largest lesion lies in the {first.place}."
-    lobe = f"The largest lesion lies in the {first.lobe}." if first.lobe else untold
+    untold = f"The lobe cannot be told; the largest lesion lies in the {first.told_place}."
+    where = f"{first.lobe.partition(' ')[2]} on both sides" if first.side == "midline" else first.lobe
+    lobe = f"The largest lesion lies in the {where}." if first.lobe else untold
     side = {"unknown": "The side cannot be told.", "midline": "The largest lesion lies on both sides of the midline."}.get(
         first.side, f"The largest lesion is on the {first.side}.")
     before = list(sentences(text))

@@ -6,12 +6,14 @@ Shapes: X Y Z the scan's own voxels.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .anatomy import STRUCTURES
 from .grid import Grid
 from .measure import Measured, lobe_of, location, measure, rank_components, right_of_midline, side_of
 from .volume import Volume
@@ -88,6 +90,19 @@ class Lesion:
     """Such as `left frontal lobe`; empty where it lies in none, near a border, or the brain is not whole."""
     signal: str = ""
     """`hyperintense` or `hypointense` to white matter, as measured; or neither."""
+
+    @property
+    def told_place(self) -> str:
+        """Its structure as people are told: of no side where it lies on both."""
+        return without_sides(self.place) if self.side == "midline" else self.place
+
+
+_SIDED = re.compile(rf"\b(?:left|right) (?={'|'.join(sorted({s.name.partition(' ')[2] for s in STRUCTURES if s.side}))})")
+
+
+def without_sides(text: str) -> str:
+    """A text with structures' names without their sides."""
+    return _SIDED.sub("", text)
 
 
 def lesion_ranks(probability: Tensor, brain: Tensor, voxel_ml: float, rule: LesionRule) -> tuple[Tensor, list[float]]:

@@ -341,6 +341,17 @@ def test_a_lesion_on_both_sides_is_said_to_be_on_both():
     assert ground_place("It lies in the midline.", (replace(LEFT, side="unknown"),))[0] == "The side cannot be told."
     assert lesion_measures(both, 50)["cite"] == "(slice 42 of 50, on both sides of the midline)"
     assert lesion_measures(LEFT, 50)["cite"] == "(slice 42 of 50)"
+    raw = (f"A lesion lies in the {LEFT.place} <segment>, <mm> mm. A lesion in the right thalamus <segment>. "
+           f"Impression: 2 lesions, the largest in the {LEFT.place}.")
+    seen = SimpleNamespace(volume=None)
+    said = fill_slots(raw, [lesion_measures(both, 50), lesion_measures(replace(LEFT, place="right thalamus"), 50)], seen, 2)
+    bare = LEFT.place.removeprefix("left ")
+    assert said.startswith(f"A lesion lies in the {bare} (slice 42 of 50, on both sides of the midline), ")
+    assert "in the right thalamus (slice 42 of 50)." in said
+    assert said.endswith(f"the largest in the {bare}.")
+    assert both.told_place == bare
+    said = ground_place("The largest lesion lies in the left parietal lobe.", (replace(both, lobe="left frontal lobe"),))[0]
+    assert said == "The largest lesion lies in the frontal lobe on both sides."
 
 
 def test_no_lesion_is_not_said_of_another_organ():
