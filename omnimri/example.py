@@ -122,10 +122,11 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def language_slices(num_slices: int, most: int) -> Tensor:
-    """(L,) long: at most `most` slices, evenly over the study."""
+    """(L,) long: at most `most` slices, evenly over the study; of two that lie as near, the one nearer its middle."""
     if num_slices <= most:
         return torch.arange(num_slices)
-    return ((torch.arange(most) + 0.5) * num_slices / most).long()
+    place = (torch.arange(most) + 0.5) * num_slices / most - 0.5
+    return torch.where(place < (num_slices - 1) / 2, (place + 0.5).floor(), (place - 0.5).ceil()).long()
 
 
 def place_class(place: str) -> int:

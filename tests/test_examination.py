@@ -11,6 +11,7 @@ import torch
 from omnimri.anatomy import SEQUENCES
 from omnimri.assistant import Assistant
 from omnimri.examination import more_planes, named_sequence, scope_score
+from omnimri.example import language_slices
 from omnimri.lesions import LesionRule, lesion_ranks
 from omnimri.volume import Volume
 from stages.release import choose_rule
@@ -118,6 +119,15 @@ def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch
         monkeypatch.setattr(examination, "scope_score", lambda *_, score=score: score)
         made.forget()
         assert made.answer(open_study(scan_file), "What sequence is this?").study["sequence"] == told
+
+
+def test_slices_for_language_lie_alike_from_both_ends():
+    """Of eight slices neither the first nor the last is one of four."""
+    for n in range(1, 60):
+        chosen = language_slices(n, 4)
+        assert torch.equal(chosen, n - 1 - chosen.flip(0))
+        assert len(chosen.unique()) == min(n, 4)
+    assert language_slices(8, 4).tolist() == [1, 3, 4, 6]
 
 
 @pytest.mark.parametrize(("far", "doubtful", "out"), [(0.3, 0.9, False), (0.8, 0.1, False), (0.8, 0.9, True), (1.1, 0.0, True)])
