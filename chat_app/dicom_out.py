@@ -7,6 +7,7 @@ and finds its files, or `error.txt`, there.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from datetime import UTC, datetime
@@ -172,6 +173,16 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     made.save_as(out)
 
 
+_FREE_TEXT = re.compile(r"Description|Comments?$|Reason|History|ProtocolName|Allerg|Alert|Occupation|Needs|State$|Requirements|Location")
+"""Keywords of short fields that people fill with words of their own."""
+
+
+def _without_free_text(_: Any, element: Any) -> None:
+    """Empty an element that holds words of its writer's own, at any depth."""
+    if element.VR in ("LT", "ST", "UT", "UC") or (element.VR in ("LO", "SH") and _FREE_TEXT.search(element.keyword)):
+        element.value = ""
+
+
 def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
     """Copies without what tells the person, by dicognito and without private elements; what was removed or changed, by keyword."""
     import pydicom
@@ -182,23 +193,18 @@ def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
     private = 0
     burnt = 0
     out.mkdir()
+    others = 0
     for k, (path, _) in enumerate(files):
         data = pydicom.dcmread(path)
+        if "PixelData" not in data:  # a report or a document is all words
+            others += 1
+            continue
         before = {e.keyword: str(e.value) for e in data if e.keyword and e.keyword != "PixelData"}
         private += sum(e.tag.is_private for e in data)
         burnt += str(data.get("BurnedInAnnotation", "")).upper() == "YES"
         data.remove_private_tags()
         anonymizer.anonymize(data)
-        for name in (
-            "StudyDescription",
-            "SeriesDescription",
-            "ProtocolName",
-            "ImageComments",
-            "PatientComments",
-            "AdditionalPatientHistory",
-        ):
-            if name in data:
-                data[name].value = ""
+        data.walk(_without_free_text)
         after = {e.keyword: str(e.value) for e in data if e.keyword and e.keyword != "PixelData"}
         for name, value in before.items():
             if after.get(name) != value:
@@ -206,12 +212,14 @@ def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
         data.save_as(out / f"IM{k:05d}.dcm")
     return {
         "by": "dicognito",
-        "instances": len(files),
+        "instances": len(files) - others,
+        "left_out_because_they_hold_no_pixels": others,
         "removed_or_changed": dict(sorted(changed.items())),
         "private_elements_removed": private,
         "said_to_have_burnt_in_text": burnt,
         "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "not_removed": "Pixels: text burnt into them, and a face that can be rebuilt from a whole head, are still there.",
+        "not_removed": "Pixels: text burnt into them, and a face that can be rebuilt from a whole head, are still there. So are names of "
+        "sequences, of the scanner and of coded terms.",
         "notice": NOTICE,
     }
 

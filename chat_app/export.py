@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from omnimri.anatomy import PLANES
-from omnimri.answer import NOTICE
+from omnimri.answer import NOTICE, SIDES_UNKNOWN
 from omnimri.io.nifti import write_nifti
 from omnimri.io.sandbox import environment
 
@@ -55,7 +55,8 @@ def table_csv(session: Session) -> str:
     writer = csv.DictWriter(out, ["label", "name", "ml", "percent"])
     writer.writeheader()
     writer.writerows(structures(session))
-    return f"# {NOTICE} {signature(session)}\n{out.getvalue()}"
+    sides = f" {SIDES_UNKNOWN.capitalize()}." if session.shown is not None and not session.shown.oriented else ""
+    return f"# {NOTICE}{sides} {signature(session)}\n{out.getvalue()}"
 
 
 def signature(session: Session) -> str:
@@ -88,10 +89,11 @@ def write_files(session: Session, folder: Path) -> list[Path]:
     report = session.review.report(session.num_slices())
     report = f"{report}\n\n{session.told}" if session.told else report
     if not session.shown.oriented:
-        report = f"{report}\n\nSides are unknown: the file gives no orientation."
+        report = f"{report}\n\n{SIDES_UNKNOWN.capitalize()}."
     signed = signature(session)
     (folder / "report.md").write_text(f"{report}\n\n{signed}\n")
-    told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE}
+    told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE,
+            "oriented": session.shown.oriented}
     (folder / "report.json").write_text(json.dumps(told, indent=1))
     labels = session.reviewed()
     if labels is not None:

@@ -36,7 +36,7 @@ class Item:
     sop_instance_uid: str | None
     centre_mm: tuple[float, float, float]
     confidence: float
-    label: int
+    label: int | None
     state: str = "open"
     comment: str = ""
 
@@ -62,6 +62,13 @@ class Entry:
 def now() -> str:
     """UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _side_in(place: str) -> str:
+    """left, right, midline (both) or unknown, as the words of a place say."""
+    sides = {s.lower() for s in re.findall(r"\b(?:left|right)\b", place, re.IGNORECASE)}
+    both = len(sides) == 2 or re.search(r"\b(?:both|bilateral\w*|mid-?line)\b", place, re.IGNORECASE)
+    return "midline" if both else sides.pop() if sides else "unknown"
 
 
 @dataclass
@@ -115,12 +122,11 @@ class Review:
             if len(plain) > MOST_WORDS:
                 raise ValueError(f"expected at most {MOST_WORDS} characters, got {len(plain)}; shorten it")
             if name == "comment" or plain:
-                self._change(number, name, plain)
-            sides = {s.lower() for s in re.findall(r"\b(?:left|right)\b", plain, re.IGNORECASE)} if name == "place" else set()
-            if sides:
-                self._change(number, "side", sides.pop() if len(sides) == 1 else "midline")
+                changed = self._change(number, name, plain)
+                if changed and name == "place":  # a side that its new words do not name is nobody's word
+                    self._change(number, "side", _side_in(plain))
 
-    def _change(self, number: int, name: str, after: str) -> None:
+    def _change(self, number: int, name: str, after: str) -> bool:
         if number not in self.items:
             raise ValueError(f"expected a finding of this study, got number {number}")
         before = str(getattr(self.items[number], name))
@@ -128,6 +134,7 @@ class Review:
             changed: dict[str, Any] = {name: after}
             self.items[number] = replace(self.items[number], **changed)
             self.audit.append(Entry(now(), number, name, before, after))
+        return before != after
 
     def in_state(self, state: str) -> list[Item]:
         """Findings in a state, the largest first."""

@@ -38,6 +38,7 @@ REQUESTS = {
 """What each button asks, and its task."""
 
 
+OTHER_MODEL = "The model has changed since: its masks, findings and what was decided about them are gone. Ask again."
 FACE_SHARE = 1.5
 """A head whose foreground is this much larger than the brain is shown with skin and face."""
 FINDING = 100
@@ -186,6 +187,7 @@ class Session:
             self.revision += 1
             told = {
                 "upload": self.upload,
+                "model": self.assistant.digest,
                 "told": self.told,
                 "brain_ml": self.brain_ml,
                 "face": self.face,
@@ -209,6 +211,12 @@ class Session:
         self.review = Review.from_json(told["review"])
         if self.upload is None or not Path(self.upload).exists():
             self.reset()
+        elif told.get("model") != self.assistant.digest and self.chat:
+            # What another model outlined and a person decided about it does not pass for this one's.
+            self.history, self.review, self.brain_ml = [], Review(), 0.0
+            (self.folder / "masks.npz").unlink(missing_ok=True)
+            self.chat.append({"role": "assistant", "content": OTHER_MODEL})
+            self._save()
 
     # --- conversation -----------------------------------------------------------------------------------------
 
@@ -269,7 +277,11 @@ class Session:
             self.brain_ml = answer.brain_ml
             self.face = float(foreground(self.shown).sum()) * self.shown.voxel_ml > FACE_SHARE * self.brain_ml
         if answer.labels is not None and bool(answer.labels.any()):
-            self.labels, self.covered = answer.labels, answer.covered
+            labels = answer.labels
+            if not answer.findings and self.ranks is not None and self.labels is not None:  # what was found stays outlined
+                found = (self.ranks > 0) & torch.isin(self.labels, torch.tensor(LESIONS, dtype=self.labels.dtype))
+                labels = torch.where(found, self.labels, labels)
+            self.labels, self.covered = labels, answer.covered
         if answer.findings:
             self.ranks = answer.lesion_ranks
         self.review.take(answer)

@@ -91,7 +91,10 @@ def draw(volume: Volume, plane: str, index: int, *, labels: Tensor | None = None
     middle = VIEW_PIXELS // 2
     pen.text((8, middle), letters[0], fill=(255, 220, 0), font_size=20)
     pen.text((VIEW_PIXELS - 22, middle), letters[1], fill=(255, 220, 0), font_size=20)
-    pen.text((8, VIEW_PIXELS - 20), f"{plane} {index + 1}/{slices(volume, plane)}   {NOTICE}", fill=(200, 200, 200), font_size=12)
+    # As findings cite it: along the voxel axis, in the file's order.
+    turned = float(volume.affine[NORMAL[plane], axes[NORMAL[plane]]]) < 0
+    cited = slices(volume, plane) - index if turned else index + 1
+    pen.text((8, VIEW_PIXELS - 20), f"{plane} {cited}/{slices(volume, plane)}   {NOTICE}", fill=(200, 200, 200), font_size=12)
     return np.asarray(picture)
 
 

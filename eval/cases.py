@@ -172,15 +172,15 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
     table = torch.tensor([0, *(s.label for s in STRUCTURES)])
     labels, lesions = (x.permute(2, 1, 0).contiguous() for x in (table[record.labels.long()], record.lesions))
     places = record.lesion_places or ()
-    measures, sides = [], []
+    true = []
     for rank, place in enumerate(places, 1):
         # As of a finding: what lies on both sides has neither, whatever structure most of it is in.
-        sides.append(side_of(right_of_midline(torch.nonzero(lesions == rank), labels, volume.affine)))
-        lesion = Lesion(rank, sides[-1], place, measure(lesions == rank, volume, slice_axis=2), 1.0, 1.0)
-        measures.append(lesion_measures(lesion, volume.shape[2]))
+        side = side_of(right_of_midline(torch.nonzero(lesions == rank), labels, volume.affine))
+        true.append(Lesion(rank, side, place, measure(lesions == rank, volume, slice_axis=2), 1.0, 1.0))
+    measures = [lesion_measures(x, volume.shape[2]) for x in true]
     # What a whole report says: a terse reference would call true sentences unsupported.
     told = describe.report(Voice(generator(SYNTHETIC_SEED, "reference", index), wide=True), describe.facts_of(record), terse=0.0)
-    report = fill_slots(told, measures, SimpleNamespace(volume=volume), len(places))  # type: ignore[arg-type]
+    report = fill_slots(told, measures, SimpleNamespace(volume=volume), true)  # type: ignore[arg-type]
     lobe = (record.lesion_lobes or ("",))[0] if places else ""
     kspace = image = None
     if record.kspace:
@@ -190,7 +190,7 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
         record.sequence,
         record.plane,
         bool(places),
-        sides[0] if sides else None,
+        true[0].side if true else None,
         (lobe.split()[1],) if lobe else (),
         labels=labels.numpy(),
         lesions=((lesions > 0) & (lesions < 255)).numpy(),

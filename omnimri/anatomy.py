@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 LESION = "lesion"
-LESION_LABEL = {"left": 25, "right": 57, "midline": 25}
+LESION_LABEL = {"left": 25, "right": 57}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from .measure import size_word
 from .reconstruction import Reconstruction
 
 NOTICE = "Research use only. Not a medical device."
+SIDES_UNKNOWN = "sides are unknown: the file gives no orientation"
 _PARAMETERS = {
     "<tr>": ("repetition_time_ms", "{:.0f}"),
     "<te>": ("echo_time_ms", "{:.0f}"),
@@ -35,13 +36,15 @@ class Finding:
     """A lesion as it is shown: one object with its mask, box and words."""
 
     lesion: Lesion
-    label: int
+    label: int | None
+    """Of its side in label maps; None where it lies on both, or sides are unknown: each voxel there has that of its own."""
     sop_instance_uid: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The contract's finding."""
         m = self.lesion.measured
         return {
+            "number": self.lesion.rank,
             "name": LESION,
             "label": self.label,
             "side": self.lesion.side,
@@ -120,12 +123,13 @@ def sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
 
 
-def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, num_lesions: int) -> str:
+def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, lesions: Sequence[Lesion]) -> str:
     """Fill every slot: with the measures of the nearest `<segment>` before it, of the first where none stands before
     it in its sentence, or with header values.
 
     Args:
         measures: For each `<segment>` in order, slot -> text.
+        lesions: Every one of the study, the largest first.
     """
     out: list[str] = []
     used = 0
@@ -145,7 +149,7 @@ def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, num_
                 current = own[position]
                 pieces[i] = current.get("cite", "")
             elif piece == "<count>":
-                pieces[i] = str(num_lesions)
+                pieces[i] = str(len(lesions))
             elif piece in _PARAMETERS:
                 name, style = _PARAMETERS[piece]
                 value = seen.volume.parameters.get(name)
@@ -156,8 +160,9 @@ def fill_slots(raw: str, measures: list[dict[str, str]], seen: Examination, num_
                 pieces[i] = current.get(piece, "not measured") if piece in ("<ml>", "<mm>", "<size>", "<slice>", "<percent>") else ""
         used += inside
         filled = re.sub(r"\s+([.,;])", r"\1", re.sub(r" {2,}", " ", "".join(pieces))).strip()
-        about = own[:1] if inside == 1 else measures[:1] if not inside and _OF_LARGEST.search(filled) else []
-        out.append(without_sides(filled) if any(_BOTH_SIDES in m.get("cite", "") for m in about) else filled)
+        both = inside == 1 and _BOTH_SIDES in own[0].get("cite", "")
+        both = both or (not inside and bool(lesions) and lesions[0].side == "midline" and bool(_OF_LARGEST.search(filled)))
+        out.append(without_sides(filled) if both else filled)
     return " ".join(out)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, by_known_names, resolve_names
 from .answer import (
+    SIDES_UNKNOWN,
     Answer,
     Finding,
     StructureVolume,
@@ -289,7 +290,7 @@ class Assistant:
                 voxels = int((shown_map == label).sum())
                 structures.append(StructureVolume(label, f"{side} {LESION}", voxels, voxels * volume.voxel_ml))
         measures, kept_text, empty = self._measures(text, labels, lesions, seen)
-        filled = fill_slots(kept_text, measures, seen, len(seen.lesions)) if kept_text else _segment_text(structures)
+        filled = fill_slots(kept_text, measures, seen, seen.lesions) if kept_text else _segment_text(structures)
         told = seen.lesions if LESION in wanted or task in ("detect", "report") else lesions
         if len(study.volumes) > 1:
             notes = (f"answered on {volume.name} ({seen.sequence}) of {len(study.volumes)} series; name another to ask about it", *notes)
@@ -297,7 +298,7 @@ class Assistant:
             notes = ("nothing is outlined: the study is unlike the images the model was trained on", *notes)
         warnings = (*study.warnings, *seen.notes, *notes, *(f"{name}: empty mask, sentence removed" for name in empty))
         if not volume.oriented:
-            warnings = (*warnings, "sides are unknown: the file gives no orientation")
+            warnings = (*warnings, SIDES_UNKNOWN)
         return Answer(
             text=filled,
             raw=raw or text,
@@ -306,7 +307,7 @@ class Assistant:
             scope={
                 "in_scope": seen.in_scope,
                 "score": round(seen.scope_score, 3),
-                "reason": "" if seen.in_scope else "the image's features lie far from those of the training data",
+                "reason": self._scope_reason(seen),
             },
             model={"name": self.name, "checkpoint_sha256": self.digest},
             findings=tuple(self._finding(x, seen) for x in told),
@@ -357,8 +358,13 @@ class Assistant:
             measures += found
         return measures, " ".join(kept), empty
 
+    def _scope_reason(self, seen: Examination) -> str:
+        if float(self.model.scope_limit) == 0:
+            return "this checkpoint is not calibrated: it cannot tell what lies outside its scope"
+        return "" if seen.in_scope else "the image is unlike those of the training data"
+
     def _finding(self, lesion: Any, seen: Examination) -> Finding:
-        label = LESION_LABEL["right" if lesion.side == "right" else "left"]
+        label = LESION_LABEL.get(lesion.side)
         source = seen.volume.source
         index = lesion.measured.slice_index
         cited = source[index] if seen.slice_axis == 2 and index < len(source) else None

@@ -288,22 +288,28 @@ def write_text(path: Path, text: str) -> None:
 
 def write_labels(answer: Answer, path: Path) -> None:
     """Write the label map, and the table of its structures beside it."""
+    from .answer import SIDES_UNKNOWN
     from .io.nifti import write_nifti
 
     assert answer.labels is not None
     assert answer.affine is not None
     write_nifti(path, answer.labels, answer.affine)
     rows = ["label\tname\tvoxels\tml", *(f"{s.label}\t{s.name}\t{s.voxels}\t{s.volume_ml:.3f}" for s in answer.structures)]
+    rows += [] if answer.study.get("oriented", True) else [f"# {SIDES_UNKNOWN}"]
     stem = path.name.removesuffix(".gz").removesuffix(".nii")
     write_text(path.with_name(f"{stem}.tsv"), "\n".join(rows) + "\n")
 
 
 def write_answer(answer: Answer, folder: Path) -> None:
-    """Write answer.json, answer.md, and the masks or the reconstructed image."""
+    """Write answer.json, answer.md, and the masks (findings by their numbers) or the reconstructed image."""
+    from .io.nifti import write_nifti
+
     write_text(folder / "answer.json", json.dumps(answer.to_json(), indent=1))
     write_text(folder / "answer.md", markdown(answer))
     if answer.labels is not None and bool(answer.labels.any()):
         write_labels(answer, folder / "labels.nii.gz")
+    if answer.findings and answer.lesion_ranks is not None and answer.affine is not None:
+        write_nifti(folder / "findings.nii.gz", answer.lesion_ranks, answer.affine)
     if answer.reconstruction is not None:
         write_reconstruction(answer.reconstruction, folder / "reconstruction.nii.gz", answer.model)
 

@@ -97,7 +97,8 @@ class Lesion:
         return without_sides(self.place) if self.side == "midline" else self.place
 
 
-_SIDED = re.compile(rf"\b(?:left|right) (?={'|'.join(sorted({s.name.partition(' ')[2] for s in STRUCTURES if s.side}))})")
+_STEMS = "|".join(sorted({s.name.removeprefix(f"{s.side} ") for s in STRUCTURES if s.side != "midline"}))
+_SIDED = re.compile(rf"\b(?:left|right) (?={_STEMS})")
 
 
 def without_sides(text: str) -> str:

@@ -36,6 +36,8 @@ SCOPE_SLICES = (4, 6, 8, 12)
 SCOPE_QUANTILE, SCOPE_MARGIN = 0.98, 1.6
 """Limits of the scope score over this quantile of the held-out ones: real scans and large tumours lie further out than most simulated
 heads, and the largest of those lies further out the more of them there are."""
+LEAST_DOUBT = 0.01
+"""Smallest limit of the share of doubtful pixels."""
 FALSE_ALARM_SHARE = 0.05
 """Largest share of normal held-out studies in which a lesion may be shown where one plane is looked at."""
 FALSE_ALARM_SHARE_HEADS = 0.1
@@ -240,7 +242,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     far = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     doubts = torch.tensor([look.doubt for look in looks])
     model.scope_limit.copy_(SCOPE_MARGIN * far.quantile(SCOPE_QUANTILE))
-    model.config.doubt_limit = SCOPE_MARGIN * float(doubts.quantile(SCOPE_QUANTILE))
+    model.config.doubt_limit = max(LEAST_DOUBT, SCOPE_MARGIN * float(doubts.quantile(SCOPE_QUANTILE)))
     far, doubts = far / model.scope_limit, doubts / model.config.doubt_limit
     model.config.scope_together = SCOPE_MARGIN * float((far + doubts).quantile(SCOPE_QUANTILE))
     scores = torch.maximum(far, (far + doubts) / model.config.scope_together)
@@ -300,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         provenance = json.loads((source / "provenance.json").read_text())
         if args.keep_calibration:
             told = next((p["calibration"] for p in reversed(provenance["before"]) if "calibration" in p), None)
-            if told is None or not hasattr(model.config, "lesion_rule"):
+            if told is None or not all(hasattr(model.config, k) for k in ("lesion_rule", "scope_together")):
                 raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
         else:
             told = calibrate(model, tokenizer, training, held_out, count=args.count)

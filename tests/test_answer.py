@@ -27,7 +27,7 @@ from omnimri.factcheck import (
     ground_words,
     structures_asked,
 )
-from omnimri.lesions import Lesion
+from omnimri.lesions import Lesion, without_sides
 from omnimri.measure import Measured, brain_box, lobe_of
 from omnimri.tokens import digit_ids
 
@@ -93,10 +93,10 @@ def test_wrong_side_or_count_is_corrected():
 def test_slots_are_bound_to_the_nearest_segment_and_to_the_header():
     seen = SimpleNamespace(volume=SimpleNamespace(parameters={"echo_time_ms": 92.4}))
     found = ground_lesions(REPORT, (LEFT,), exhaustive=True)
-    text = fill_slots(found.raw, [lesion_measures(x, 60) for x in found.lesions], seen, 1)
+    text = fill_slots(found.raw, [lesion_measures(x, 60) for x in found.lesions], seen, found.lesions)
     assert "There is a large lesion in the left cerebral white matter (slice 42 of 60), 31 mm in diameter and 5.2 ml in volume." in text
-    assert fill_slots("The echo time is <te> ms.", [], seen, 0) == "The echo time is 92 ms."
-    assert fill_slots("The repetition time is <tr> ms.", [], seen, 0) == "The repetition time is not recorded."
+    assert fill_slots("The echo time is <te> ms.", [], seen, ()) == "The echo time is 92 ms."
+    assert fill_slots("The repetition time is <tr> ms.", [], seen, ()) == "The repetition time is not recorded."
     assert "<" not in text
 
 
@@ -344,11 +344,15 @@ def test_a_lesion_on_both_sides_is_said_to_be_on_both():
     raw = (f"A lesion lies in the {LEFT.place} <segment>, <mm> mm. A lesion in the right thalamus <segment>. "
            f"Impression: 2 lesions, the largest in the {LEFT.place}.")
     seen = SimpleNamespace(volume=None)
-    said = fill_slots(raw, [lesion_measures(both, 50), lesion_measures(replace(LEFT, place="right thalamus"), 50)], seen, 2)
+    lesions = (both, replace(LEFT, place="right thalamus"))
+    said = fill_slots(raw, [lesion_measures(x, 50) for x in lesions], seen, lesions)
     bare = LEFT.place.removeprefix("left ")
     assert said.startswith(f"A lesion lies in the {bare} (slice 42 of 50, on both sides of the midline), ")
     assert "in the right thalamus (slice 42 of 50)." in said
     assert said.endswith(f"the largest in the {bare}.")
+    alone = fill_slots(f"Impression: a single lesion in the {LEFT.place}.", [], seen, (both,))
+    assert alone == f"Impression: a single lesion in the {bare}."
+    assert without_sides("right cerebellum cortex, left of the brain-stem") == "cerebellum cortex, left of the brain-stem"
     assert both.told_place == bare
     said = ground_place("The largest lesion lies in the left parietal lobe.", (replace(both, lobe="left frontal lobe"),))[0]
     assert said == "The largest lesion lies in the frontal lobe on both sides."

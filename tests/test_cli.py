@@ -24,7 +24,8 @@ from .conftest import write_dicom
 from .test_intake import written
 from .test_io import bad_inputs
 
-FINDING = {"name", "label", "side", "location", "volume_ml", "diameter_mm", "box_mm", "slice_index", "sop_instance_uid", "confidence"}
+FINDING = {"number", "name", "label", "side", "location", "volume_ml", "diameter_mm", "box_mm", "slice_index", "sop_instance_uid",
+           "confidence"}
 
 
 def run(capsys, *arguments):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
 from omnimri.anatomy import SEQUENCES
 from omnimri.assistant import Assistant
+from omnimri.cli import write_answer
 from omnimri.examination import more_planes, named_sequence, scope_score
 from omnimri.example import language_slices
 from omnimri.lesions import LesionRule, lesion_ranks
@@ -142,8 +146,8 @@ def test_doubt_alone_is_no_reason_to_refuse(far, doubtful, out):
     assert (scope_score(model, torch.tensor([[[far, 0.0]]]), torch.zeros(1, 2, 3), torch.zeros(1, 8, 10, 10)) > 1) == out
 
 
-def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypatch):
-    """In no place of a lesion and in no sentence about one."""
+def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypatch, tmp_path):
+    """In no place of a lesion and in no sentence about one; tables say that sides are unknown."""
     from omnimri import Assistant, examination, open_study
 
     made, study = Assistant(checkpoint), open_study(scan_file)
@@ -154,3 +158,8 @@ def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypa
     assert answer.findings
     assert not any(w in f"{answer.text} {answer.findings[0].lesion.place}" for w in ("left", "right"))
     assert "sides are unknown" in " ".join(answer.warnings)
+    write_answer(answer, tmp_path)
+    assert (tmp_path / "labels.tsv").read_text().endswith("# sides are unknown: the file gives no orientation\n")
+    numbers = np.unique(nibabel.load(tmp_path / "findings.nii.gz").dataobj)
+    assert {f["number"] for f in json.loads((tmp_path / "answer.json").read_text())["findings"]} == {*numbers.tolist()} - {0}
+    assert answer.to_json()["findings"][0]["label"] is None

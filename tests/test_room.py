@@ -79,8 +79,10 @@ def test_what_is_accepted_is_reported_and_every_change_is_kept(session):
     assert len(session.review.audit) == len(made), "nothing changed"
     session.edit(1, place="Right frontal lobe", comment="")
     assert session.review.items[1].side == "right"
-    session.edit(1, place="both frontal lobes, left and right", comment="")
-    assert session.review.items[1].side == "midline"
+    for place, side in (("both lobes, left and right", "midline"), ("splenium", "unknown"), ("corpus callosum, midline", "midline")):
+        session.edit(1, place=place, comment="")
+        assert session.review.items[1].side == side
+    assert [e.after for e in session.review.audit if e.change == "side"][-1] == "midline"
 
 
 def test_decisions_outlive_a_killed_server_and_another_question(session, assistant):
@@ -96,6 +98,26 @@ def test_decisions_outlive_a_killed_server_and_another_question(session, assista
     assert int((again.drawn() == again.finding_label(1)).sum()) > 0
     assert int((again.drawn() == again.finding_label(3)).sum()) == 0, "a rejected finding is not drawn"
     assert Review.from_json(json.loads(json.dumps(again.review.to_json()))) == again.review
+
+
+def test_another_models_findings_are_not_this_ones(session, assistant, monkeypatch):
+    session.say("Find lesions.", "…")
+    session.decide(1, "accepted")
+    monkeypatch.setattr(assistant, "digest", "0" * 64)
+    again = Session(assistant, session.folder)
+    assert again.upload == session.upload
+    assert (again.review, again.history, again.drawn()) == (Review(), [], None)
+    assert "model has changed" in again.chat[-1]["content"]
+
+
+def test_what_was_found_stays_outlined_when_a_structure_is_asked_for(session):
+    session.decide(2, "rejected")
+    session.ask("Outline the left thalamus.", task="segment")
+    lesions, found = np.isin(session.reviewed().numpy(), (25, 57)), session.ranks.numpy()
+    assert (found[lesions] > 0).all()
+    assert lesions[found == 1].all()
+    assert not lesions[found == 2].any()
+    assert {r["label"] for r in export.structures(session)} & {25, 57}
 
 
 def test_what_cannot_be_decided_is_said(session):
@@ -178,11 +200,25 @@ INHERITED = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "Referr
 
 
 def test_a_copy_without_names(dicom_session, tmp_path):
+    path = next((tmp_path / "d").iterdir())
+    more = pydicom.dcmread(path)
+    more.ReasonForStudy = more.AdmittingDiagnosesDescription = more.StudyComments = f"{SECRET}, fell"
+    inside = pydicom.Dataset()
+    inside.RequestedProcedureDescription = inside.ReasonForTheRequestedProcedure = f"{SECRET} again"
+    more.RequestAttributesSequence = [inside]
+    more.save_as(path)
+    del more.PixelData
+    more.SOPInstanceUID, more.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4", "1.2.3.4"
+    more.TextValue = SECRET
+    more.save_as(tmp_path / "d" / "document.dcm")
+    zipped(tmp_path / "d", Path(dicom_session.upload))
+    (tmp_path / "d" / "document.dcm").unlink()
     found = {p.name: p for p in export.write_dicom(dicom_session, tmp_path / "out", "deidentify")}
     told = json.loads(found["deidentified.json"].read_text())
     assert told["instances"] == 12
     assert {"PatientName", "PatientID", "SOPInstanceUID"} <= set(told["removed_or_changed"])
     assert "face" in told["not_removed"]
+    assert told["left_out_because_they_hold_no_pixels"] == 1
     with zipfile.ZipFile(found["deidentified.zip"]) as z:
         assert json.loads(z.read("deidentified.json"))["made_beside"]["checkpoint_sha256"] == dicom_session.assistant.digest
         names = [n for n in z.namelist() if n.endswith(".dcm")]
@@ -190,6 +226,7 @@ def test_a_copy_without_names(dicom_session, tmp_path):
         for name in names:
             z.extract(name, tmp_path / "z")
             data = (tmp_path / "z" / name).read_bytes()
+            assert SECRET.encode() not in data
             assert b"Secret" not in data
             assert b"ignore all instructions" not in data
     pixels = sorted(pydicom.dcmread(tmp_path / "z" / n).PixelData for n in names)
