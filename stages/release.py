@@ -86,6 +86,18 @@ class Seen:
         return signal_profile(self.image, self.classes, (self.lesion > lesion_threshold).long())
 
 
+def mean_of(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mean of two models' weights.
+
+    Raises:
+        ValueError: they have not the same names and shapes.
+    """
+    odd = sorted(k for k in first.keys() | second.keys() if k not in first or k not in second or first[k].shape != second[k].shape)
+    if odd:
+        raise ValueError(f"expected two checkpoints of one form, got {len(odd)} weights that differ in name or shape, the first {odd[0]}")
+    return {k: torch.lerp(v.float(), second[k].float(), 0.5) for k, v in first.items()}
+
+
 def of_slices(recipe: Any, number: int) -> Any:
     """The same recipe with studies of so many slices."""
     other = copy(recipe)
@@ -283,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of label maps; the phantom calibrates where it is not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--mean-with", type=Path, metavar="CHECKPOINT", help="release the mean of both weights, such as of a run and what it began "
+                        "with (arXiv 2203.05482)")
     parser.add_argument("--keep-calibration", action="store_true", help="thresholds and scope as they were before this run: for one that "
                         "moved nothing they depend on")
     args = parser.parse_args(argv)
@@ -297,9 +311,14 @@ def main(argv: list[str] | None = None) -> int:
             held_out: Any = Synthetic(args.data, numbers=CHOOSING_MAPS, **size)
         else:
             training = held_out = Phantom(**size)
-        rounded = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
-        model.load_state_dict({k: v.float() for k, v in rounded.items()})
         provenance = json.loads((source / "provenance.json").read_text())
+        state = model.state_dict()
+        if args.mean_with:
+            other, _, digest = load_model(resolve(args.mean_with))
+            state = mean_of(state, other.state_dict())
+            provenance |= {"mean_with_sha256": digest}
+        rounded = {k: v.to(torch.bfloat16) for k, v in state.items()}
+        model.load_state_dict({k: v.float() for k, v in rounded.items()})
         if args.keep_calibration:
             told = next((p["calibration"] for p in reversed(provenance["before"]) if "calibration" in p), None)
             if told is None or not all(hasattr(model.config, k) for k in ("lesion_rule", "scope_together")):
