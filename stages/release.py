@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of label maps; the phantom calibrates where it is not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=150)
-    parser.add_argument("--mean-with", type=Path, metavar="CHECKPOINT", help="release the mean of both weights, such as of a run and what it began "
-                        "with (arXiv 2203.05482)")
+    parser.add_argument("--mean-with", type=Path, metavar="CHECKPOINT", help="release the mean of both weights, such as of a run and what "
+                        "it began with (arXiv 2203.05482)")
     parser.add_argument("--keep-calibration", action="store_true", help="thresholds and scope as they were before this run: for one that "
                         "moved nothing they depend on")
     args = parser.parse_args(argv)

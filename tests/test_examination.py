@@ -18,7 +18,7 @@ from omnimri.examination import more_planes, named_sequence, scope_score
 from omnimri.example import language_slices
 from omnimri.lesions import LesionRule, lesion_ranks
 from omnimri.volume import Volume
-from stages.release import choose_rule
+from stages.release import choose_rule, mean_of
 
 
 def test_a_lesion_is_seen_in_other_planes_too_and_reaches_to_its_edge(checkpoint, monkeypatch):
@@ -123,6 +123,13 @@ def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch
         monkeypatch.setattr(examination, "scope_score", lambda *_, score=score: score)
         made.forget()
         assert made.answer(open_study(scan_file), "What sequence is this?").study["sequence"] == told
+
+
+def test_a_mean_of_weights_needs_one_form():
+    one, two = {"a": torch.zeros(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(3)}
+    assert torch.equal(mean_of(one, two)["a"], torch.full((2,), 0.5))
+    with pytest.raises(ValueError, match="one form, got 1 weights"):
+        mean_of(one, two | {"b": torch.ones(4)})
 
 
 def test_slices_for_language_lie_alike_from_both_ends():
