@@ -33,15 +33,13 @@ from omnimri.tasks.reconstruct import fast_bf16
 
 SCOPE_SLICES = (4, 6, 8, 12)
 """Slices of the studies that tell what lies in scope, in turn: the fewer, the more depends on which of them language sees."""
-SCOPE_QUANTILE, SCOPE_MARGIN = 0.98, 1.6
+SCOPE_QUANTILE, SCOPE_MARGIN = 0.98, 1.45
 """Limits of the scope score over this quantile of the held-out ones: real scans and large tumours lie further out than most simulated
 heads, and the largest of those lies further out the more of them there are."""
 LEAST_DOUBT = 0.01
 """Smallest limit of the share of doubtful pixels."""
-FALSE_ALARM_SHARE = 0.05
-"""Largest share of normal held-out studies in which a lesion may be shown where one plane is looked at."""
-FALSE_ALARM_SHARE_HEADS = 0.1
-"""The same of whole heads, of which there are few: two of 27."""
+FALSE_ALARM_SHARE = 0.1
+"""Largest share of normal held-out studies, and of normal whole heads, in which a lesion may be shown."""
 LEAST_FURTHER_PRECISION = 0.9
 """Smallest share of right ones among the lesions shown in held-out studies that have a sure one."""
 LEAST_NORMAL = 10
@@ -204,7 +202,7 @@ def choose_rule(config: Any, studies: list[list[tuple[float, bool | None]]], nor
         return sum(ok for *_, ok in found) / max(1, len(found))
 
     tried = [t for t in THRESHOLDS if t >= LesionRule.sure] if sum(normal) >= LEAST_NORMAL else []
-    quiet = [t for t in tried if alarms(t) <= FALSE_ALARM_SHARE_HEADS]
+    quiet = [t for t in tried if alarms(t) <= FALSE_ALARM_SHARE]
     pairs = [(sum(ok for *_, ok in shown(s, t)), -s, -t) for s in quiet for t in tried
              if t <= s and precision(shown(s, t)) >= LEAST_FURTHER_PRECISION]
     least = min(quiet, default=NEVER)
