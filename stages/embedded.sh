@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About ten hours of CPU time, and 51 minutes of
+# Train the embedded checkpoint: all four stages of preset tiny on the synthetic recipe. About eleven hours of CPU time, and 51 minutes of
 # one GPU with 16 cores.
 # Usage: stages/embedded.sh LABEL_MAP_FOLDER RUN_FOLDER
 set -euo pipefail
