@@ -21,7 +21,7 @@ from omnimri.io.nifti import write_nifti
 from omnimri.io.sandbox import environment
 
 from .session import Session
-from .views import LABEL_NAMES
+from .views import LABEL_NAMES, segments
 
 TIME_S = 180
 NOT_DICOM = "SEG, SR and a de-identified copy need a DICOM study; this one is not."
@@ -176,7 +176,7 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
         labels = session.drawn()
         if labels is None:
             raise ValueError("expected masks to export, nothing is outlined yet; press Segment or Find lesions first")
-        request["segments"] = session.segments(labels)
+        request["segments"] = segments(labels)
         at = {s["id"]: k for k, s in enumerate(request["segments"], 1)}
         request["findings"] = [
             {

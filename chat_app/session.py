@@ -27,7 +27,7 @@ from omnimri.volume import Study, Volume
 from . import views
 from .files import HandedOut, give_back_memory, plain_name, write_json
 from .review import Review
-from .views import COLOURS, LABEL_NAMES, LESIONS
+from .views import FINDING, LESIONS
 
 REQUESTS = {
     "Report": ("Write a report.", "report"),
@@ -41,10 +41,6 @@ REQUESTS = {
 OTHER_MODEL = "The model has changed since: its masks, findings and what was decided about them are gone. Ask again."
 FACE_SHARE = 1.5
 """A head whose foreground is this much larger than the brain is shown with skin and face."""
-FINDING = 100
-"""The k-th finding has this label plus k in the viewer's masks. With labels from 1,000 on beside those of structures, NiiVue (0.69) tints
-what has no label.
-"""
 
 
 class Session:
@@ -343,7 +339,7 @@ class Session:
         if drawn is not None:
             overlay = {
                 "url": self.handed_out.address("masks", drawn[None], self.shown.affine),
-                "labels": self.segments(drawn),
+                "labels": views.segments(drawn),
                 "of": listed[0][0],
             }
         home = self.shown.affine @ torch.tensor([*((n - 1) / 2 for n in self.shown.shape), 1.0], dtype=torch.float64)
@@ -388,15 +384,6 @@ class Session:
     def finding_label(number: int) -> int:
         """The label of a finding in `drawn`."""
         return FINDING + number
-
-    def segments(self, drawn: torch.Tensor) -> list[dict[str, Any]]:
-        """What a label map of `drawn` holds: id, name, colour, and whether it is a lesion."""
-        found = []
-        for k in drawn.unique().tolist():
-            name = f"finding {k - FINDING}" if k > FINDING else LABEL_NAMES.get(k, "")
-            if name:
-                found.append({"id": k, "name": name, "colour": list(COLOURS.get(k, (255, 40, 40))), "lesion": k > FINDING or k in LESIONS})
-        return found
 
     def key_image(self, plane: str) -> np.ndarray:
         """The slice of a plane that shows most of what was not rejected, with masks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from omnimri.volume import Volume
 
 VIEW_PIXELS = 512
 LESIONS = (25, 57)
+FINDING = 100
+"""The k-th finding has this label plus k in the viewer's masks. With labels from 1,000 on beside those of structures, NiiVue (0.69) tints
+what has no label.
+"""
 
 
 def label_colours() -> dict[int, tuple[int, int, int]]:
@@ -34,6 +39,16 @@ COLOURS = label_colours()
 LABEL_NAMES = {s.label: s.name for s in STRUCTURES} | {25: f"left {LESION}", 57: f"right {LESION}"}
 
 
+def segments(drawn: Tensor) -> list[dict[str, Any]]:
+    """What a label map of `Session.drawn` holds: id, name, colour, and whether it is a lesion."""
+    found = []
+    for k in drawn.unique().tolist():
+        name = f"finding {k - FINDING}" if k > FINDING else LABEL_NAMES.get(k, "")
+        if name:
+            found.append({"id": k, "name": name, "colour": list(COLOURS.get(k, (255, 40, 40))), "lesion": k > FINDING or k in LESIONS})
+    return found
+
+
 def slices(volume: Volume, plane: str) -> int:
     """Number of slices of a plane."""
     return volume.shape[closest_axes(volume.affine)[NORMAL[plane]]]
@@ -50,7 +65,13 @@ def best_slice(volume: Volume, labels: Tensor | None, plane: str) -> int:
     where = lesion if lesion is not None and bool(lesion.any()) else foreground(volume)
     areas = where.sum([a for a in range(3) if a != axis])
     middle = int(areas.argmax()) if where is lesion else int(torch.nonzero(areas > areas.max() / 4).float().mean())
-    return volume.shape[axis] - 1 - middle if float(volume.affine[NORMAL[plane], axis]) < 0 else middle
+    return recount(volume, plane, middle)
+
+
+def recount(volume: Volume, plane: str, index: int) -> int:
+    """A slice counted from inferior, posterior or left <-> the same along its voxel axis, in the file's order."""
+    axis = closest_axes(volume.affine)[NORMAL[plane]]
+    return volume.shape[axis] - 1 - index if float(volume.affine[NORMAL[plane], axis]) < 0 else index
 
 
 def draw(volume: Volume, plane: str, index: int, *, labels: Tensor | None = None, voxels: Tensor | None = None) -> np.ndarray:
@@ -91,9 +112,7 @@ def draw(volume: Volume, plane: str, index: int, *, labels: Tensor | None = None
     middle = VIEW_PIXELS // 2
     pen.text((8, middle), letters[0], fill=(255, 220, 0), font_size=20)
     pen.text((VIEW_PIXELS - 22, middle), letters[1], fill=(255, 220, 0), font_size=20)
-    # As findings cite it: along the voxel axis, in the file's order.
-    turned = float(volume.affine[NORMAL[plane], axes[NORMAL[plane]]]) < 0
-    cited = slices(volume, plane) - index if turned else index + 1
+    cited = recount(volume, plane, index) + 1  # as findings do
     pen.text((8, VIEW_PIXELS - 20), f"{plane} {cited}/{slices(volume, plane)}   {NOTICE}", fill=(200, 200, 200), font_size=12)
     return np.asarray(picture)
 

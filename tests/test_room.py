@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chat_app import export
+from chat_app import export, views
 from chat_app.review import MOST_WORDS, Review
 from chat_app.session import Session
 from chat_app.store import Store
@@ -167,7 +167,7 @@ def test_seg_and_sr_refer_to_the_source_and_equal_the_mask(dicom_session, tmp_pa
     assert set(found) == {"segmentation.dcm", "report.dcm"}
     seg = hd.seg.segread(found["segmentation.dcm"])
     drawn, uids = dicom_session.drawn(), list(dicom_session.shown.source)
-    segments = dicom_session.segments(drawn)
+    segments = views.segments(drawn)
     frames = seg.get_pixels_by_source_instance(uids, combine_segments=True, skip_overlap_checks=False)
     rebuilt = np.zeros_like(frames, dtype=np.int64)
     for number, one in enumerate(segments, 1):

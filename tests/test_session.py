@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from chat_app import export, views
-from chat_app.session import FINDING, REQUESTS, Session
+from chat_app.session import REQUESTS, Session
+from chat_app.views import FINDING
 from chat_app.words import answer_markdown
 from omnimri.assistant import Assistant
 from omnimri.io.kspace import write_kspace
@@ -63,7 +64,7 @@ def test_views_are_square_lettered_and_overlaid(session, scan_file):
     session.labels = torch.zeros(session.shown.shape, dtype=torch.int32)
     session.labels[20:40, 20:40, 4:8] = 17
     assert not np.array_equal(views.draw(session.shown, "axial", 5, labels=session.labels), views.draw(session.shown, "axial", 5))
-    assert [s["name"] for s in session.segments(session.drawn())] == ["left hippocampus"]
+    assert [s["name"] for s in views.segments(session.drawn())] == ["left hippocampus"]
 
 
 def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
