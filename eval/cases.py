@@ -36,6 +36,8 @@ TUMOUR = {"FLAIR": (1, 2, 3, 4), "T1w-Gd": (1, 3, 4)}
 GREY = [s.label for s in STRUCTURES if s.tissue == "gm"]
 WHITE = [s.label for s in STRUCTURES if s.tissue == "wm"]
 """White matter and brain-stem."""
+FREESURFER_PARTIAL = (24,)
+"""CSF: aseg draws the fluid around the third ventricle, a millilitre, and leaves that around the brain unlabelled."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Truth:
     lobes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
     """Structures, FreeSurfer numbers."""
+    partial: tuple[int, ...] = ()
+    """Of these the ones that are drawn only in part."""
     grey: np.ndarray | None = None
     white: np.ndarray | None = None
     brain: np.ndarray | None = None
@@ -153,7 +157,7 @@ def _scan(row: dict[str, str], folders: Sequence[Path]) -> tuple[Study, Truth]:
         elif row["suite"] == "colin":
             told = replace(told, brain=array > 0)
         else:
-            told = replace(told, labels=to_structures(array))
+            told = replace(told, labels=to_structures(array), partial=FREESURFER_PARTIAL)
     return study, told
 
 

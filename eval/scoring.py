@@ -35,6 +35,7 @@ MIXTURE, CONSTANT, ZERO_FILLED, DEEPBET, WAVELET = (
     "deepbet",
     "sigpy L1-wavelet",
 )
+DRAWN, MERGED = "mean of those that are wholly drawn", "mean of those that are wholly drawn, sides as one"
 WHOLE_HEADS = ("Colin27", "multi_t1")
 """Cases that are T1-weighted whole heads, as deepbet expects."""
 CONSTANT_REPORT = (
@@ -150,6 +151,8 @@ class Structures:
         self.found: dict[str, list[dict[int, dict[str, float]]]] = {}
         self.patients: list[str] = []
         self.pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.whole: dict[str, dict[str, list[float]]] = {}
+        self.partial: set[str] = set()
 
     def see(self, s: Scored) -> None:
         """Measure one case."""
@@ -166,6 +169,15 @@ class Structures:
                 if self.pooled and system == predict.MODEL:
                     self.pairs.setdefault(structure.label, []).append((said, true))
             self.found.setdefault(system, []).append(rows)
+            drawn = [x for x in STRUCTURES if x.label not in s.truth.partial]
+            both: dict[str, list[int]] = {}
+            for x in drawn:
+                both.setdefault(x.name.removeprefix(f"{x.side} "), []).append(x.label)
+            merged = [dice(np.isin(labels, group), np.isin(truth, group)) for group in both.values()]
+            for what, values in ((DRAWN, [rows[x.label]["dice"] for x in drawn]), (MERGED, merged)):
+                value = float("nan") if np.isnan(values).all() else float(np.nanmean(values))
+                self.whole.setdefault(what, {}).setdefault(system, []).append(value)
+        self.partial |= {x.name for x in STRUCTURES if x.label in s.truth.partial}
 
     def table(self) -> Table:
         """Means over structures, then each structure."""
@@ -177,6 +189,11 @@ class Structures:
                     each = [np.array([row[measure] for row in c.values()]) for c in cases]
                     values[system] = [float(np.nanmean(v)) if not np.isnan(v).all() else float("nan") for v in each]
             t.add("mean of the structures of a case", measure, direction, means(values, self.patients), range_)
+        for what, cases in self.whole.items():
+            if what == MERGED or self.partial:
+                t.add(what, "dice", "higher", means(cases, self.patients))
+        if self.partial:
+            t.notes.append(f"drawn only in part by the reference: {', '.join(sorted(self.partial))}")
         for structure in STRUCTURES:
             values = {system: [c[structure.label]["dice"] for c in cases] for system, cases in self.found.items()}
             t.add(structure.name, "dice", "higher", means(values, self.patients))

@@ -151,6 +151,22 @@ def test_perfect_masks_score_one_and_a_lesion_counts_as_white_matter():
     assert rows["brain-stem", "dice"]["n"] == 0
 
 
+def test_what_the_reference_draws_only_in_part_has_a_mean_without_it():
+    truth = np.zeros((20, 20, 10), np.int32)
+    truth[:5], truth[5:10], truth[10, 0, 0] = 2, 41, 24
+    said = truth.copy()
+    said[12:], said[5] = 24, 2  # all the fluid, and a slice of white matter on the other side
+    table = scoring.Structures("freesurfer", pooled=False)
+    table.see(seen_as(truth, said, partial=(24,)))
+    told = table.table()
+    rows = {r["what"]: r["values"][predict.MODEL]["value"] for r in told.rows if r["metric"] == "dice"}
+    assert rows["CSF"] < 0.01
+    assert rows["mean of the structures of a case"] < 0.65
+    assert 0.85 < rows["mean of those that are wholly drawn"] < 1
+    assert rows["mean of those that are wholly drawn, sides as one"] == 1
+    assert told.notes == ["drawn only in part by the reference: CSF"]
+
+
 def test_honesty_counts_what_is_denied_and_numbers_that_are_no_masks():
     lesions = np.zeros((20, 20, 10), bool)
     lesions[5:10, 5:10, 4:6] = True
