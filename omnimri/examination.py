@@ -17,8 +17,8 @@ from .conversation import MAX_LESION_EVIDENCE, card, query_messages, render
 from .example import LESION_CLASS, Example, Record, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
-from .lesions import Lesion, LesionRule, lesion_ranks, measured_lesion, without_sides
-from .measure import brain_box, lesion_signals, right_of_midline, signal_profile, signal_words
+from .lesions import LESION_EDGE, Lesion, LesionRule, lesion_ranks, measured_lesion, without_sides
+from .measure import FLUID_LABELS, brain_box, bright_fluid, lesion_signals, right_of_midline, signal_profile, signal_words
 from .model.omnimri import OmniMRI
 from .model.pixel_decoder import Pixels
 from .overlay import BURNT, without_overlay
@@ -150,7 +150,10 @@ def examine(
         probability += segment.read_lesion(x[-1], g) / len(logits)
     del logits
     rule = rule.alone() if len(views) == 1 else rule
-    ranks, peaks = lesion_ranks(probability, labels > 0, volume.voxel_ml, rule)
+    where = labels > 0
+    if bright_fluid(plain.voxels[0], labels, probability > LESION_EDGE):  # what is bright in fluid that is bright is fluid
+        where &= ~torch.isin(labels, labels.new_tensor(FLUID_LABELS))
+    ranks, peaks = lesion_ranks(probability, where, volume.voxel_ml, rule)
     if score > 1.0:
         ranks, peaks = torch.zeros_like(ranks), []
         labels = torch.zeros_like(labels)

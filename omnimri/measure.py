@@ -18,6 +18,8 @@ LEAST_BRAIN_MM = 100.0
 """Of a brain that is smaller in any direction a part is missing."""
 FLUID_LABEL = 24
 """FreeSurfer's number of fluid that is in no ventricle."""
+FLUID_LABELS = tuple(s.label for s in STRUCTURES if s.tissue == "csf")
+"""Of that and of the ventricles."""
 
 
 def rank_components(mask: Tensor, *, least: int = 1, seeds: Tensor | None = None) -> tuple[Tensor, list[int]]:
@@ -222,6 +224,18 @@ def signal_words(image: Tensor, classes: Tensor, lesions: Tensor) -> tuple[str, 
             word = "similar" if abs(off) < 0.05 else "brighter" if off > 0 else "darker"
             told.append(f"{name}: {'much ' if abs(off) > 0.3 else ''}{word}")
     return tuple(told)
+
+
+def bright_fluid(image: Tensor, labels: Tensor, sick: Tensor) -> bool:
+    """Whether the lateral ventricles are brighter than cerebral white matter by their medians; not where there is little of either.
+
+    Args:
+        image: (X, Y, Z) intensities.
+        labels: (X, Y, Z) FreeSurfer labels.
+        sick: (X, Y, Z) bool, where a lesion may be.
+    """
+    fluid, white = (image[torch.isin(labels, labels.new_tensor(side)) & ~sick] for side in ((4, 43), (2, 41)))
+    return min(len(fluid), len(white)) >= 50 and bool(fluid.median() > white.median())
 
 
 def lesion_signals(image: Tensor, classes: Tensor, lesions: Tensor, number: int) -> tuple[str, ...]:

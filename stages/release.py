@@ -234,12 +234,14 @@ def log_odds_weights(found: list[tuple[float, float, bool]]) -> list[float]:
 
 
 @torch.inference_mode()
-def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int) -> dict[str, Any]:
+def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int, heads: int) -> dict[str, Any]:
     """Set the scope's mean, whitening and limit, and choose the rule of lesions and the thresholds of the sequence.
 
     Args:
         training: Recipe of the studies that were trained on.
         held_out: Recipe of studies that were not.
+        count: Studies of each.
+        heads: Whole held-out heads for the rule of lesions.
     """
     inside = torch.stack([features(model, of_slices(training, SCOPE_SLICES[i % len(SCOPE_SLICES)]).record(101, i)) for i in range(count)])
     model.scope_mean.copy_(inside.mean(0))
@@ -272,7 +274,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     alone = min((t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE), default=NEVER)
     sequence = sequence_thresholds(model, records, looks)
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
-    lesions = lesion_rule(model, tokenizer, of_slices(held_out, HEAD_SLICES), count=count // 2, alone=alone)
+    lesions = lesion_rule(model, tokenizer, of_slices(held_out, HEAD_SLICES), count=heads, alone=alone)
     model.config.lesion_sensitivity = min(model.config.lesion_sensitivity, tried.get(alone, (0.0, 0.0))[1])
     return {
         "scope_limit": float(model.scope_limit),
@@ -293,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of label maps; the phantom calibrates where it is not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--heads", type=int, default=75, help="whole held-out heads that the rule of lesions is chosen on")
     parser.add_argument("--mean-with", type=Path, metavar="CHECKPOINT", help="release the mean of both weights, such as of a run and what "
                         "it began with (arXiv 2203.05482)")
     parser.add_argument("--keep-calibration", action="store_true", help="thresholds and scope as they were before this run: for one that "
@@ -322,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
             if told is None or not all(hasattr(model.config, k) for k in ("lesion_rule", "scope_together")):
                 raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
         else:
-            told = calibrate(model, tokenizer, training, held_out, count=args.count)
+            told = calibrate(model, tokenizer, training, held_out, count=args.count, heads=args.heads)
         rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
         for tied in model._tied_weights_keys:
             rounded.pop(tied)

@@ -14,18 +14,16 @@ import torch
 from omnimri.anatomy import SEQUENCES
 from omnimri.assistant import Assistant
 from omnimri.cli import write_answer
-from omnimri.examination import more_planes, named_sequence, scope_score
+from omnimri.examination import examine, more_planes, named_sequence, scope_score
 from omnimri.example import language_slices
 from omnimri.lesions import LesionRule, lesion_ranks
+from omnimri.tasks import Segment
 from omnimri.volume import Volume
 from stages.release import choose_rule, mean_of
 
 
 def test_a_lesion_is_seen_in_other_planes_too_and_reaches_to_its_edge(checkpoint, monkeypatch):
     """Cubes in three views: one that only the first plane sees, one that all see, with a rim that they half see."""
-    from omnimri.examination import examine
-    from omnimri.tasks import Segment
-
     voxels = torch.rand(1, 72, 72, 72, generator=torch.Generator().manual_seed(0))
     cube = Volume(voxels, torch.diag(torch.tensor([1.5, 1.5, 1.5, 1]).double()))
     seen_by_all, rim, alone = torch.zeros(3, 72, 72, 72, dtype=torch.bool)
@@ -43,6 +41,23 @@ def test_a_lesion_is_seen_in_other_planes_too_and_reaches_to_its_edge(checkpoint
     assert len(set(asked)) == 3
     assert len(seen.lesions) == 1
     assert torch.equal(seen.lesion_ranks == 1, rim)
+
+
+@pytest.mark.parametrize(("level", "shown"), [(2.0, 1), (0.1, 2)])
+def test_in_bright_fluid_nothing_is_a_lesion(checkpoint, monkeypatch, level, shown):
+    labels = torch.full((72, 72, 72), 2, dtype=torch.int32)
+    labels[30:50, 30:50, 30:50] = 4
+    voxels = torch.rand(1, 72, 72, 72) + 0.5
+    voxels[0, labels == 4] = level
+    found = torch.zeros(72, 72, 72)
+    found[10:20, 10:20, 10:20] = found[32:38, 32:38, 32:38] = 0.95
+    monkeypatch.setattr(Segment, "read_lesion", lambda self, predicted, grid: found)
+    monkeypatch.setattr(Segment, "read", lambda self, *views: labels.clone())
+    made = Assistant(checkpoint)
+    cube = Volume(voxels, torch.diag(torch.tensor([1.5, 1.5, 1.5, 1]).double()))
+    seen = examine(made.model, made.tokenizer, cube, rule=LesionRule(sure=0.9))
+    assert len(seen.lesions) == shown
+    assert int((seen.lesion_ranks == 1).sum()) == 1000
 
 
 def test_where_one_lesion_is_sure_others_are_shown_from_a_lower_probability_on():
