@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import damage, publish
+from .digests import damage, publish
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from omnimri.checkpoint import load_weights, newest_good, publish, save_model
+from omnimri.checkpoint import load_weights, newest_good, save_model
+from omnimri.digests import publish
 from omnimri.example import stable_hash
 
 from .updates import Sharded, Updates, Whole

@@ -22,8 +22,9 @@ from data_recipes import Phantom, Synthetic
 from data_recipes.phantom import record_volume
 from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
 from omnimri.anatomy import PLANES
-from omnimri.checkpoint import load_model, publish, resolve, save_model
+from omnimri.checkpoint import load_model, resolve, save_model
 from omnimri.conversation import card, query_messages, render
+from omnimri.digests import publish
 from omnimri.examination import doubt, examine, likely_sequences
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence

@@ -27,7 +27,8 @@ import torch
 
 from data_recipes import Phantom
 from data_recipes.phantom import record_volume
-from omnimri.checkpoint import save_model, write_digests
+from omnimri.checkpoint import save_model
+from omnimri.digests import write_digests
 from omnimri.examination import examine
 from omnimri.io.nifti import write_nifti
 from omnimri.lesions import LesionRule

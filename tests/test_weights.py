@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM
 
 from omnimri import weights
-from omnimri.checkpoint import load_model, publish, save_model, sha256, write_digests
+from omnimri.checkpoint import load_model, save_model
+from omnimri.digests import publish, sha256, write_digests
 from omnimri.model.config import preset
 from omnimri.model.language import load_base
 from omnimri.model.omnimri import OmniMRI
