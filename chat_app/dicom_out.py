@@ -40,17 +40,22 @@ class RefusedError(ValueError):
 
 
 def instances(source: Path, room: Path, wanted: set[str] | None) -> list[tuple[Path, Any]]:
-    """Headers of the DICOM files under a path: those of a series, or all."""
+    """Headers of the DICOM files under a path, as the reader finds them: those of a series, or all."""
     import pydicom
 
-    from omnimri.io.intake import files_of
+    from omnimri.io.intake import files_of, gunzip, kind_of_file
 
     found = []
-    for path in files_of(source, room):
+    for k, path in enumerate(files_of(source, room)):
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True)
+            kind = kind_of_file(path)
+            if kind == "DICOM in gzip":
+                path = gunzip(path, room / f"gz{k}")
+            elif kind != "DICOM":
+                continue
+            header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
             uid = str(header.SOPInstanceUID)
-        except Exception:  # not DICOM, or damaged: it is no instance of the series
+        except Exception:  # damaged: it is no instance of the series
             continue
         if wanted is None or uid in wanted:
             found.append((path, header))
@@ -173,14 +178,29 @@ def write_sr(request: dict[str, Any], series: list[Any], seg: Any, out: Path) ->
     made.save_as(out)
 
 
-_FREE_TEXT = re.compile(r"Description|Comments?$|Reason|History|ProtocolName|Allerg|Alert|Occupation|Needs|State$|Requirements|Location")
-"""Keywords of short fields that people fill with words of their own."""
+_KEPT = {
+    "PatientID", "PatientName", "StudyID", "AccessionNumber",  # by now others than they were
+    "Manufacturer", "ManufacturerModelName", "SoftwareVersions", "SequenceName", "PulseSequenceName", "ReceiveCoilName", "TransmitCoilName",
+    "ReceiveCoilManufacturerName", "TransmitCoilManufacturerName", "ContrastBolusAgent",
+    "CodeValue", "CodeMeaning", "CodingSchemeDesignator", "CodingSchemeVersion", "MappingResource", "StackID", "DimensionOrganizationType",
+}  # fmt: skip
+"""Words that stay: of the scanner, of sequences, and coded ones. All others go (DICOM PS3.15, basic profile, goes less far)."""
+_WORDS = {"LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE", "PN", "UN"}
+_DATED = {"DA": r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", "TM": r"\d{2,6}(\.\d{1,6})?", "DT": r"\d{4,14}(\.\d{1,6})?([+-]\d{4})?"}
 
 
-def _without_free_text(_: Any, element: Any) -> None:
-    """Empty an element that holds words of its writer's own, at any depth."""
-    if element.VR in ("LT", "ST", "UT", "UC") or (element.VR in ("LO", "SH") and _FREE_TEXT.search(element.keyword)):
-        element.value = ""
+def _without_odd_dates(_: Any, element: Any) -> None:
+    """Empty what is no date: it cannot be moved."""
+    if element.VR in _DATED and not all(re.fullmatch(_DATED[element.VR], str(v)) for v in np.atleast_1d(element.value or [])):
+        element.value = None
+
+
+def _without_words(data: Any, element: Any) -> None:
+    """Empty an element that may hold words of somebody's own, at any depth; drop small pictures."""
+    if element.VR in _WORDS and element.keyword not in _KEPT:
+        element.value = None
+    elif element.keyword == "IconImageSequence":
+        del data[element.tag]
 
 
 def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
@@ -195,7 +215,7 @@ def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
     out.mkdir()
     others = 0
     for k, (path, _) in enumerate(files):
-        data = pydicom.dcmread(path)
+        data = pydicom.dcmread(path, force=True)
         if "PixelData" not in data:  # a report or a document is all words
             others += 1
             continue
@@ -203,13 +223,21 @@ def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
         private += sum(e.tag.is_private for e in data)
         burnt += str(data.get("BurnedInAnnotation", "")).upper() == "YES"
         data.remove_private_tags()
+        for tag in [e.tag for e in data if e.tag.group >> 8 in (0x50, 0x60) or e.tag.group == 0xFFFC]:  # curves, overlays, padding
+            del data[tag]
+        data.walk(_without_odd_dates)
         anonymizer.anonymize(data)
-        data.walk(_without_free_text)
+        data.walk(_without_words)
+        data.preamble = b"\0" * 128
+        plain = pydicom.uid.ImplicitVRLittleEndian if data.original_encoding[0] else pydicom.uid.ExplicitVRLittleEndian
+        syntax = data.file_meta.get("TransferSyntaxUID") or plain
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = syntax
         after = {e.keyword: str(e.value) for e in data if e.keyword and e.keyword != "PixelData"}
         for name, value in before.items():
             if after.get(name) != value:
                 changed[name] = changed.get(name, 0) + 1
-        data.save_as(out / f"IM{k:05d}.dcm")
+        data.save_as(out / f"IM{k:05d}.dcm", enforce_file_format=True)
     return {
         "by": "dicognito",
         "instances": len(files) - others,
@@ -219,7 +247,7 @@ def deidentify(files: list[tuple[Path, Any]], out: Path) -> dict[str, Any]:
         "said_to_have_burnt_in_text": burnt,
         "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "not_removed": "Pixels: text burnt into them, and a face that can be rebuilt from a whole head, are still there. So are names of "
-        "sequences, of the scanner and of coded terms.",
+        "sequences, of the scanner and its coils, of the contrast agent and of coded terms.",
         "notice": NOTICE,
     }
 
@@ -254,6 +282,8 @@ def make(room: Path) -> None:
     series = [by_uid[u] for u in uids]
     frame = next((str(h.FrameOfReferenceUID) for h in series if h.get("FrameOfReferenceUID")), str(generate_uid()))
     for header in series:  # what files must have and some lack
+        header.decode()
+        header.SpecificCharacterSet = "ISO_IR 192"  # not every set that scanners write is known to what writes these objects
         for name in COPIED:
             if name not in header:
                 setattr(header, name, "")

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from omnimri.anatomy import PLANES
-from omnimri.answer import NOTICE, SIDES_UNKNOWN
+from omnimri.answer import NOTICE, SIDES_UNKNOWN, UNLIKE
 from omnimri.io.nifti import write_nifti
 from omnimri.io.sandbox import environment
 
+from .files import in_use
 from .session import Session
 from .views import LABEL_NAMES, segments
 
@@ -55,8 +56,14 @@ def table_csv(session: Session) -> str:
     writer = csv.DictWriter(out, ["label", "name", "ml", "percent"])
     writer.writeheader()
     writer.writerows(structures(session))
-    sides = f" {SIDES_UNKNOWN.capitalize()}." if session.shown is not None and not session.shown.oriented else ""
-    return f"# {NOTICE}{sides} {signature(session)}\n{out.getvalue()}"
+    return "\n".join(f"# {line}" for line in (f"{NOTICE} {signature(session)}", *caveats(session))) + f"\n{out.getvalue()}"
+
+
+def caveats(session: Session) -> list[str]:
+    """What was noticed when the study was read or rebuilt, and whether it could be judged: a reader of an export must know it too."""
+    told = [*(session.study.warnings if session.study is not None else ()), *(() if session.review.in_scope else (UNLIKE,))]
+    told += [SIDES_UNKNOWN] if session.shown is not None and not session.shown.oriented else []
+    return [f"{line[:1].upper()}{line[1:]}{'' if line.endswith('.') else '.'}" for line in dict.fromkeys(told)]
 
 
 def signature(session: Session) -> str:
@@ -75,6 +82,7 @@ def why_no_segmentation(session: Session) -> str:
     return NOT_DICOM if not uids else MULTIFRAME if len(set(uids)) < len(uids) else ""
 
 
+@in_use
 def write_files(session: Session, folder: Path) -> list[Path]:
     """Report (PDF, Markdown, JSON), table, masks and key images.
 
@@ -88,12 +96,11 @@ def write_files(session: Session, folder: Path) -> list[Path]:
     model = {"name": session.assistant.name, "checkpoint_sha256": session.assistant.digest}
     report = session.review.report(session.num_slices())
     report = f"{report}\n\n{session.told}" if session.told else report
-    if not session.shown.oriented:
-        report = f"{report}\n\n{SIDES_UNKNOWN.capitalize()}."
+    report = "\n\n".join([report, *(line for line in caveats(session) if line not in report)])
     signed = signature(session)
     (folder / "report.md").write_text(f"{report}\n\n{signed}\n")
     told = {"review": session.review.to_json(), "structures": structures(session), "model": model, "notice": NOTICE,
-            "oriented": session.shown.oriented}
+            "oriented": session.shown.oriented, "warnings": caveats(session)}
     (folder / "report.json").write_text(json.dumps(told, indent=1))
     labels = session.reviewed()
     if labels is not None:
@@ -151,6 +158,7 @@ def write_pdf(path: Path, report: str, signature: str, rows: list[dict[str, Any]
     SimpleDocTemplate(str(path), pagesize=A4, title="OmniMRI report", author="OmniMRI").build(flow, onFirstPage=foot, onLaterPages=foot)
 
 
+@in_use
 def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> list[Path]:
     """DICOM SEG and SR on the source's instances, or with `deidentify` a zip of a copy without names and the list of what was removed.
 

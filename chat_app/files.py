@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
 
@@ -37,6 +41,25 @@ def give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+_counting = Lock()
+
+
+def in_use(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a session, its first argument, during which the session's study stays in memory."""
+
+    @functools.wraps(function)
+    def held(session: Any, *args: Any, **more: Any) -> Any:
+        with _counting:
+            session.users += 1
+        try:
+            return function(session, *args, **more)
+        finally:
+            with _counting:
+                session.users -= 1
+
+    return held
+
+
 class HandedOut:
     """Arrays as NIfTI files that the viewer may fetch."""
 
@@ -60,7 +83,7 @@ class HandedOut:
 
     def find(self, token: str) -> Path | None:
         """The file of a token."""
-        return next((path for _, known, path in self._held.values() if known == token), None)
+        return next((path for _, known, path in list(self._held.values()) if known == token), None)
 
     def clear(self) -> None:
         """Remove every file."""

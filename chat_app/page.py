@@ -107,13 +107,13 @@ class Page:
         """The reconstruction's part of the page: shown or not, its slices, and the middle one before and after."""
         if session.zero_filled is None:
             return gr.update(visible=False), gr.skip(), gr.skip()
-        number = session.zero_filled.shape[2]
+        number = session.num_slices()
         middle = number // 2
         return gr.update(visible=True), gr.update(maximum=max(2, number), value=middle + 1), self.pictures(session, middle)
 
     def pictures(self, session: Session, index: int) -> Any:
         """Both images of a slice as files that go when the study is forgotten."""
-        both = session.before_after("axial", index)
+        both = session.before_after(index)
         if both is None:
             return gr.skip()
         paths = [save_img_array_to_cache(image, get_upload_folder(), format="png") for image in both]

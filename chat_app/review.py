@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from omnimri.anatomy import LESION
-from omnimri.answer import NOTICE, Answer, sentences
+from omnimri.answer import NOTICE, UNLIKE, Answer, sentences
 
 STATES = ("open", "accepted", "rejected")
 MOST_WORDS = 200
@@ -45,6 +45,7 @@ class Item:
         ml = f"{self.volume_ml:.1f}" if self.volume_ml >= 0.1 else f"{self.volume_ml:.2f}"
         where = f"largest on slice {self.slice_index + 1} of {slices}"
         told = f"Lesion in the {self.place}: {self.diameter_mm:.0f} mm in diameter, {ml} ml, {where}"
+        told += f" (SOPInstanceUID {self.sop_instance_uid})" if self.sop_instance_uid else ""
         return f"{told}.{f' {self.comment}' if self.comment else ''}"
 
 
@@ -79,9 +80,12 @@ class Review:
     audit: list[Entry] = field(default_factory=list)
     description: str = ""
     """What the model said of the study besides its findings."""
+    in_scope: bool = True
+    """Whether the model could judge the study when it was last asked."""
 
     def take(self, answer: Answer) -> None:
         """Add an answer's findings; what was decided about a finding before stays."""
+        self.in_scope = bool(answer.scope.get("in_scope", True))
         if answer.task == "report":
             self.description = " ".join(s for s in sentences(answer.text) if not _OF_LESIONS.search(s))
         for found in answer.findings:
@@ -148,6 +152,7 @@ class Review:
             lines += ["## Description", "", self.description, ""]
         lines += ["## Findings", ""]
         lines += [f"{k}. {item.sentence(slices)}" for k, item in enumerate(accepted, 1)] or ["No finding was accepted."]
+        lines += [] if self.in_scope else ["", UNLIKE]
         lines += ["", f"{len(accepted)} accepted, {len(rejected)} rejected, {len(waiting)} not reviewed (not in this report)."]
         return "\n".join(lines)
 
@@ -157,10 +162,12 @@ class Review:
             "items": [asdict(i) for i in self.items.values()],
             "audit": [asdict(e) for e in self.audit],
             "description": self.description,
+            "in_scope": self.in_scope,
         }
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Review:
         """What `to_json` wrote."""
         tuple_of: Callable[[dict[str, Any]], dict[str, Any]] = lambda i: i | {"centre_mm": tuple(i["centre_mm"])}  # noqa: E731
-        return cls({i["number"]: Item(**tuple_of(i)) for i in told["items"]}, [Entry(**e) for e in told["audit"]], told["description"])
+        return cls({i["number"]: Item(**tuple_of(i)) for i in told["items"]}, [Entry(**e) for e in told["audit"]], told["description"],
+                   told.get("in_scope", True))

@@ -19,13 +19,13 @@ import torch
 from omnimri.answer import Answer
 from omnimri.assistant import Assistant
 from omnimri.conversation import Message
-from omnimri.grid import NORMAL, closest_axes, foreground, plane_of
+from omnimri.grid import closest_axes, foreground, plane_of
 from omnimri.io import open_study, warm
 from omnimri.io.nifti import write_nifti
 from omnimri.volume import Study, Volume
 
 from . import views
-from .files import HandedOut, give_back_memory, plain_name, write_json
+from .files import HandedOut, give_back_memory, in_use, plain_name, write_json
 from .review import Review
 from .views import FINDING, LESIONS
 
@@ -38,7 +38,7 @@ REQUESTS = {
 """What each button asks, and its task."""
 
 
-OTHER_MODEL = "The model has changed since: its masks, findings and what was decided about them are gone. Ask again."
+OTHER_MODEL = "The model has changed since: its images, masks, findings and what was decided about them are gone. Ask again."
 FACE_SHARE = 1.5
 """A head whose foreground is this much larger than the brain is shown with skin and face."""
 
@@ -82,11 +82,14 @@ class Session:
         """Changes with the study: what belongs to another is dropped."""
         self.busy = RLock()
         """Held while a question is answered: the study stays in memory until then."""
+        self.users = 0
+        """Requests that need the study in memory now (`in_use`)."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._restore()
 
     # --- one study --------------------------------------------------------------------------------------------
 
+    @in_use
     def load(self, path: str | Path, *, keep: bool = True, told: str = "") -> str:
         """Open a study and tell what was understood.
 
@@ -210,7 +213,8 @@ class Session:
         elif told.get("model") != self.assistant.digest and self.chat:
             # What another model outlined and a person decided about it does not pass for this one's.
             self.history, self.review, self.brain_ml = [], Review(), 0.0
-            (self.folder / "masks.npz").unlink(missing_ok=True)
+            for name in ("masks.npz", "reconstruction.nii", "zero_filled.nii"):
+                (self.folder / name).unlink(missing_ok=True)
             self.chat.append({"role": "assistant", "content": OTHER_MODEL})
             self._save()
 
@@ -263,7 +267,8 @@ class Session:
         if answer.reconstruction is not None:
             self.assistant.forget(study)
             self.shown, self.zero_filled = answer.reconstruction.image, answer.reconstruction.zero_filled
-            self.study = replace(study, volumes=(self.shown,))
+            warnings = tuple(dict.fromkeys((*study.warnings, *answer.reconstruction.warnings)))
+            self.study = replace(study, volumes=(self.shown,), warnings=warnings)
             for name, volume in (("zero_filled", self.zero_filled), ("reconstruction", self.shown)):
                 write_nifti(self.folder / f"{name}.nii", volume.voxels[0], volume.affine)
         if not self.is_of_shown(answer):  # another series was asked about: what is said stays, masks and findings do not mix
@@ -277,7 +282,10 @@ class Session:
             if not answer.findings and self.ranks is not None and self.labels is not None:  # what was found stays outlined
                 found = (self.ranks > 0) & torch.isin(self.labels, torch.tensor(LESIONS, dtype=self.labels.dtype))
                 labels = torch.where(found, self.labels, labels)
-            self.labels, self.covered = labels, answer.covered
+            covered = answer.covered
+            if self.covered is not None and (covered is None or not bool(covered.any())):  # lesions alone: structures stay outlined
+                covered, labels = self.covered, torch.where(labels > 0, labels, self.covered)
+            self.labels, self.covered = labels, covered
         if answer.findings:
             self.ranks = answer.lesion_ranks
         self.review.take(answer)
@@ -302,6 +310,7 @@ class Session:
         self.chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         self._save()
 
+    @in_use
     def decide(self, number: int, state: str) -> None:
         """Accept or reject a finding, or open it again; kept on disk before this returns."""
         self.review.decide(number, state)
@@ -320,12 +329,11 @@ class Session:
     def num_slices(self) -> int:
         """Slices along the axis that findings are cited by."""
         self._open_again()
-        if self.shown is None:
-            return 1
-        return int(self.shown.shape[closest_axes(self.shown.affine)[NORMAL[plane_of(self.shown)[0]]]])
+        return 1 if self.shown is None else views.slices(self.shown, plane_of(self.shown)[0])
 
     # --- the viewer -------------------------------------------------------------------------------------------
 
+    @in_use
     def scene(self) -> dict[str, Any]:
         """What the viewer shows: where to fetch volumes and masks, labels with their colours, places of findings."""
         self._open_again()
@@ -385,15 +393,19 @@ class Session:
         """The label of a finding in `drawn`."""
         return FINDING + number
 
+    @in_use
     def key_image(self, plane: str) -> np.ndarray:
         """The slice of a plane that shows most of what was not rejected, with masks."""
         assert self.shown is not None
         labels = self.reviewed()
         return views.draw(self.shown, plane, views.best_slice(self.shown, labels, plane), labels=labels)
 
-    def before_after(self, plane: str, index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The slice of the zero-filled and of the reconstructed image; None where nothing was reconstructed."""
+    @in_use
+    def before_after(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A slice, in the file's order, of the zero-filled and of the reconstructed image; None where nothing was reconstructed."""
         self._open_again()
         if self.zero_filled is None or self.shown is None:
             return None
+        plane = plane_of(self.shown)[0]
+        index = views.recount(self.shown, plane, index)
         return views.draw(self.shown, plane, index, voxels=self.zero_filled.voxels[0]), views.draw(self.shown, plane, index)

@@ -40,9 +40,10 @@ def state_folder() -> Path:
 def size_of(folder: Path) -> int:
     """Bytes of the files under a folder; one that goes meanwhile does not count."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
     return total
 
 
@@ -83,22 +84,22 @@ class Store:
                 self.sweep()
 
     def _unload_some(self, keep: str) -> None:
-        """Leave as many studies in memory as may be; one that is being answered about stays."""
-        sizes = {name: session.voxel_bytes() for name, session in self._held.items()}
-        for name in [n for n in self._held if n != keep]:
-            if len(sizes) <= LOADED and sum(sizes.values()) <= LOADED_BYTES:
+        """Leave as many studies in memory as may be; one that is in use stays. The session itself is kept: there is one for a folder."""
+        loaded = {name: session.voxel_bytes() for name, session in self._held.items()
+                  if session.study is not None or name == keep}
+        for name in [n for n in loaded if n != keep]:
+            if len(loaded) <= LOADED and sum(loaded.values()) <= LOADED_BYTES:
                 break
-            sizes.pop(name)
             session = self._held[name]
-            if session.busy.acquire(blocking=False):
+            if not session.users and session.busy.acquire(blocking=False):
                 try:
                     session.unload()
-                    del self._held[name]
+                    del loaded[name]
                 finally:
                     session.busy.release()
 
     def sweep(self, keep: str = "") -> None:
-        """Remove what is too old or too much; a study that is being answered about stays."""
+        """Remove what is too old or too much; a study that is in use stays."""
         with self._lock:
             self._sweep(keep)
 
@@ -111,7 +112,7 @@ class Store:
             old = now - path.stat().st_mtime > self.kept_hours * 3600
             if path.name != keep and (old or len(found) - k > MOST_SESSIONS or total > MOST_BYTES):
                 held = self._held.get(path.name)
-                if held is not None and not held.busy.acquire(blocking=False):
+                if held is not None and (held.users or not held.busy.acquire(blocking=False)):
                     continue
                 total -= sizes[path]
                 self._held.pop(path.name, None)

@@ -136,6 +136,7 @@ def names_in(text: str) -> tuple[str, ...]:
     """Structures that a question names; one named without a side, or with both, means both sides, unless one side stands elsewhere."""
     text = _NO_SIDE.sub("", by_known_names(text.lower()))
     sides = set(re.findall(r"\b(?:left|right)\b", text))
+    two_sided = tuple(re.findall(r"\b(?:both|bilateral) (?:the )?(.{0,30})", text))
     text = _BOTH.sub("", text)
     found = [n for n in NAMES if n.lower() in text]
     one = len({n.split(" ", 1)[1] for n in found if n.startswith(("left", "right"))}) == 1
@@ -144,7 +145,7 @@ def names_in(text: str) -> tuple[str, ...]:
     for stem in sorted({n.split(" ", 1)[1] for n in NAMES if n.startswith("left ")}, key=len, reverse=True):
         sided = (f"left {stem}", f"right {stem}")
         if stem.lower() in text and not any(n in found for n in sided):
-            found += [n for n in sided if len(sides) != 1 or n.split()[0] in sides]
+            found += [n for n in sided if len(sides) != 1 or n.split()[0] in sides or any(x.startswith(stem.lower()) for x in two_sided)]
             text = text.replace(stem.lower(), "")
     # "lateral ventricle" stands inside "inferior lateral ventricle".
     stem_of = {n: n.removeprefix("left ").removeprefix("right ") for n in found}

@@ -16,6 +16,7 @@ from .measure import size_word
 from .reconstruction import Reconstruction
 
 NOTICE = "Research use only. Not a medical device."
+UNLIKE = "I cannot judge this study: it is unlike the images I was trained on."
 SIDES_UNKNOWN = "sides are unknown: the file gives no orientation"
 _PARAMETERS = {
     "<tr>": ("repetition_time_ms", "{:.0f}"),

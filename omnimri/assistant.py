@@ -15,6 +15,7 @@ from torch import Tensor
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, by_known_names, resolve_names
 from .answer import (
     SIDES_UNKNOWN,
+    UNLIKE,
     Answer,
     Finding,
     StructureVolume,
@@ -42,7 +43,6 @@ MAX_HISTORY = 8
 KEPT_EXAMINATIONS = 2
 LEAST_VISIBLE = 25
 """Voxels of a mask from which on its structure may be called visible."""
-UNLIKE = "I cannot judge this study: it is unlike the images I was trained on."
 NO_RAW_DATA = "This study holds an image and no raw data: there is nothing to reconstruct."
 LEAST_SENSITIVITY = 0.5
 """A checkpoint that found fewer of the held-out lesions may not say that there are none."""
@@ -190,7 +190,9 @@ class Assistant:
         Args:
             made: The image was reconstructed for this very question.
         """
-        named = study.named(question)
+        wanted = study.asked_for(question)
+        asked = [question] if wanted else [question, *(m.text for m in reversed(history) if m.role == "user")]
+        named = next((v for q in asked if (v := study.named(q)) is not None), None)  # a follow-up is about the series before
         seen = self.examine(named or study.primary, on_text)
         if not seen.in_scope:
             return self._answer(study, seen, UNLIKE, task or "text", torch.zeros_like(seen.labels), ())
@@ -216,8 +218,8 @@ class Assistant:
         counts = torch.bincount(seen.labels.flatten(), minlength=256)
         visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
         notes: tuple[str, ...] = ()
-        if named is None and len(study.volumes) > 1 and Study.names_one(question):
-            notes = ("no series is known to be the one that was named",)
+        if named is None and wanted and wanted != seen.sequence:
+            notes = (f"no series is known to be the one that was named: this is said of {seen.volume.name or 'the only image'}",)
         before = history[-1].text if history else ""
         raw, more = ground_words(question, before, raw, sequence=(seen.sequence, seen.sequence_source), plane=seen.plane, visible=visible)
         notes += more
@@ -232,10 +234,13 @@ class Assistant:
             nothing = torch.zeros_like(seen.labels)
             return self._answer(study, seen, "", chosen, nothing, (), raw=raw) if made else self._answer(
                 study, seen, NO_RAW_DATA, "text", nothing, ())
-        labels, wanted = self._draw(seen, ids[0].tolist(), written, chosen)
+        labels, drawn = self._draw(seen, ids[0].tolist(), written, chosen)
         grounded = ground_findings(question, TASKS["report"].read(raw), chosen, seen.lesions, sequence=seen.sequence, visible=visible,
                                    signal=dict(s.split(": ") for s in seen.record.signal), can_deny=self.can_deny)
-        return self._answer(study, seen, grounded.raw, chosen, labels, wanted, notes=(*grounded.notes, *notes),
+        text = grounded.raw
+        if set(drawn) >= set(NAMES) > visible:
+            text = f"{len(visible)} of {len(NAMES)} structures are outlined; the others are not in this image."
+        return self._answer(study, seen, text, chosen, labels, drawn, notes=(*grounded.notes, *notes),
                             lesions=grounded.lesions, raw=raw)
 
     def _draw(self, seen: Examination, prompt: list[int], written: list[int], chosen: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -283,7 +288,7 @@ class Assistant:
             shown_map = torch.where(lesion_map > 0, lesion_map, shown_map)
         for structure in STRUCTURES:
             if structure.name in wanted:
-                voxels = int((shown_map == structure.label).sum())
+                voxels = int((covered == structure.label).sum())  # with the lesions in it, as sentences say
                 structures.append(StructureVolume(structure.label, structure.name, voxels, voxels * volume.voxel_ml))
         if LESION in wanted:
             for side, label in (("left", LESION_LABEL["left"]), ("right", LESION_LABEL["right"])):
@@ -395,5 +400,5 @@ def _stopper(on_text: Callable[[str], bool] | None) -> Callable[[], None]:
 
 
 def _segment_text(structures: Sequence[StructureVolume]) -> str:
-    found = sum(s.voxels > 0 for s in structures)
+    found = sum(s.voxels > 0 for s in structures if s.name in NAMES)
     return f"{found} structures are outlined." if structures else ""

@@ -131,7 +131,11 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> tuple[OmniMRI, Pre
     found = resolve(folder)
     if (found / DIGESTS).exists() and (wrong := damage(found)):
         raise ValueError(f"checkpoint {found} cannot be used: {wrong}; fetch or train it again")
-    config = OmniMRIConfig.from_pretrained(str(found), local_files_only=True)
+    try:
+        config = OmniMRIConfig.from_pretrained(str(found), local_files_only=True)
+    except (OSError, ValueError) as error:  # its text is many lines long
+        raise ValueError(f"checkpoint {found} cannot be used: config.json cannot be read ({type(error).__name__}); "
+                         "fetch or train it again") from None
     model = OmniMRI(config)
     if config.base:
         from .weights import find_base

@@ -44,6 +44,7 @@ _UNNAMED = re.compile(r"(sequence|weighting) cannot be told|cannot tell the sequ
 _OF_SEQUENCE = re.compile(r"\b(contrast-enhanced|[Cc]ontrast agent|T1|T2|FLAIR|[Pp]roton|PD|[Dd]iffusion-weighted|[Aa]pparent diffusion)")
 _IS = re.compile(r"^(?:Yes|No), it is .*\.$")
 _ASKED_SEQUENCE = {"FLAIR": r"\bflair\b", "T1w": r"\bt1", "T2w": r"\bt2(?!\*|\W{0,3}flair)", "PDw": r"\b(?:pd|proton)"}
+_ASKED_CONTRAST = re.compile(r"contrast|gado|\bgad\b|\bgd\b|enhanced|\bpost\b|\bplain\b|\bnative\b", re.IGNORECASE)
 _CONTRAST = re.compile(r"^(?:(?:Yes|No), (?:a|no) contrast agent was given|Whether contrast agent was given cannot be told.*)\.$")
 _ENHANCING = re.compile(r"(?:[\w-]+ly |non-|(?:thin-walled, )?ring-)?enhancing(?:, superficial)? ")
 _RESTRICTED = re.compile(r"(?:diffusion-restricted|blood-like) ")
@@ -57,14 +58,21 @@ _MAY_BE = {
 }
 """What a lesion may be by how it looks on a sequence; where the sequence is not known, what only others than the named ones show."""
 _NEEDS = (
-    (r"\bstrokes?\b|\binfarct|\bisch(?:a?e)mi", "Diffusion-weighted"),
-    (r"\bbleed|\bbled\b|\bha?emorrhag|\bha?ematoma|\b(?:old|any) blood\b", "T2*-weighted"),
+    (r"\bstrokes?\b|infarct|isch(?:a?e)mi|\bcva\b|restricted diffusion|diffusion restrict", "Diffusion-weighted"),
+    (r"bleed|\bbled\b|ha?emorrhag|ha?ematoma|\b(?:old|any) blood\b", "T2*-weighted"),
+    (r"\b(?:non-?)?enhanc", "Contrast-enhanced"),
 )
 """What people ask for that the named sequences do not rule out, and the images that would."""
 NOT_SHOWN = "I can only speak about what this study shows."
 _ELSEWHERE = re.compile(r"\b(?:liver|kidneys?|lungs?|heart|spleen|pancreas|stomach|bowels?|prostate|breasts?|uterus|ovar(?:y|ies)|bladder"
-                        r"|knees?|hips?|shoulders?|spine|abdomen|chest|thyroid|teeth)\b", re.IGNORECASE)
-_OF_THE_BRAIN = re.compile(r"brain|head\b|cerebr|cranial|metasta|lesion|cancer|primary", re.IGNORECASE)
+                        r"|knees?|hips?|shoulders?|abdomen|chest|thyroid|teeth)\b", re.IGNORECASE)
+_BESIDE_THE_BRAIN = re.compile(r"\b(?:aneurysms?|carotids?|pituitary|sinus(?:es|itis)|mastoid\w*|orbit(?:s|al)?|eyes?|optic"
+                               r"|neck|spine|spinal|vertebra\w*|cervical"
+                               r"|(?:bone|skull) (?:lesion|metastas[ei]s|marrow)|skull base|fractur\w+)\b",
+                               re.IGNORECASE)
+BRAIN_ALONE = ("Lesions are looked for in the tissue of the brain alone: vessels, bone, orbits, sinuses, pituitary gland, neck and spine "
+               "are not judged.")
+_OF_THE_BRAIN = re.compile(r"brain|cerebr|cranial|metasta|lesion|cancer|primary", re.IGNORECASE)
 _ONE_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -91,9 +99,13 @@ def ground_words(question: str, before: str, raw: str, *, sequence: tuple[str, s
         plane: From the affine.
         visible: Structures that have a mask.
     """
+    if raw.startswith("<detect>") and _BESIDE_THE_BRAIN.search(question):
+        return BRAIN_ALONE, ("the question is about what lies beside the brain",)
     if raw.startswith("<detect>") and _ELSEWHERE.search(question) and not _OF_THE_BRAIN.search(question):
         return NOT_SHOWN, ("the question is about another organ",)  # "no lesion" would be taken for its health
     notes: list[str] = []
+    if sequence[0] == "T1w-Gd":  # these are
+        raw = raw.replace(f"Contrast-enhanced {_NEEDED}", "I cannot tell from this study")
     for step in (lambda x: ground_contrast(x, *sequence), lambda x: ground_sequence(question, x, sequence[0], plane),
                  lambda x: ground_plane(question, x, plane),
                  lambda x: ground_structures(structures_asked(question, before), x, visible)):  # fmt: skip
@@ -223,7 +235,7 @@ def ground_limits(question: str, text: str, sequence: str) -> str:
     """The text, with the images that would be needed where a question asks for what the named sequences do not rule out."""
     if sequence != "other" and _NEEDED not in text:
         for pattern, series in _NEEDS:
-            if re.search(pattern, question, re.IGNORECASE):
+            if re.search(pattern, question, re.IGNORECASE) and (sequence, series) != ("T1w-Gd", "Contrast-enhanced"):
                 text = f"{text} {series} {_NEEDED}."
     return text
 
@@ -290,7 +302,8 @@ def _as_known(question: str, sentence: str, words: str, sequence: str, plane: st
         return f"{plane.capitalize()} {words} MRI of the brain." if _PLANE.search(sentence) else f"This is a {words} MRI."
     if _IS.match(sentence):
         asked = [s for s, pattern in _ASKED_SEQUENCE.items() if re.search(pattern, question, re.IGNORECASE)]
-        yes = "" if len(asked) != 1 else "Yes, it" if asked[0] == sequence.removesuffix("-Gd") else "No, it"
+        untold = len(asked) != 1 or _ASKED_CONTRAST.search(question)
+        yes = "" if untold else "Yes, it" if asked[0] == sequence.removesuffix("-Gd") else "No, it"
         return f"{yes or 'It'} is {words}."
     said = _NAME.sub(lambda m: m[0] if m[0].lower() == words.lower() else words, sentence)
     return said if said == sentence else re.sub(r"\b([Aa])n (?=T1|T2|contrast|proton|FLAIR)", r"\1 ", said[0].upper() + said[1:])

@@ -47,7 +47,8 @@ def foreground(volume: Volume) -> Tensor:
 
 
 def plane_of(volume: Volume) -> tuple[str, str]:
-    """(grid plane, named plane): the slice axis is the widest-spaced one, axial if isotropic.
+    """(grid plane, named plane): the slice axis is the widest-spaced one; of near-cubic voxels the one that a DICOM series is stacked
+    along, so that what is cited is a file of it, else axial.
 
     The named plane is `oblique` where the slice normal is over 30 degrees from the nearest patient axis.
     """
@@ -55,7 +56,7 @@ def plane_of(volume: Volume) -> tuple[str, str]:
     axes = closest_axes(volume.affine)
     widest = int(spacing.argmax())
     others = [float(spacing[a]) for a in range(3) if a != widest]
-    slice_axis = widest if float(spacing[widest]) > 1.3 * max(others) or volume.shape[widest] == 1 else axes[2]
+    slice_axis = widest if float(spacing[widest]) > 1.3 * max(others) or volume.shape[widest] == 1 else 2 if volume.source else axes[2]
     patient = axes.index(slice_axis)
     plane = next(p for p in PLANES if NORMAL[p] == patient)
     a, b = (volume.affine[:3, k] / spacing[k] for k in range(3) if k != slice_axis)

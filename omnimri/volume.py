@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 _NAMED = (
-    (r"(t2\w?\W{0,3})?flair", "FLAIR"),
+    (r"(t2\W{0,2}(w|weighted)?\W{0,3})?flair", "FLAIR"),
     (r"(contrast|post|gad|t1.{0,12}(contrast|post|gd|gad|\+ ?c|c\b|ce\b))", "T1w-Gd"),
     (r"t1", "T1w"),
+    (r"(t2\W?(\*|star)|swi|gre\b|dwi|diffusion|adc)", "other"),
     (r"t2", "T2w"),
     (r"(pd|proton)", "PDw"),
 )
 """What people call a sequence, the first that fits."""
 _ON_SEQUENCE = re.compile(
-    r"\b(?:on|in|of|from|using|for) (?:the |this |my )?((?:flair|contrast|post.?contrast|gad|t1|t2|pd|proton)[^.,;?!]*)", re.IGNORECASE)
+    r"\b(?:on|in|of|from|using|for|does|do) (?:the |this |my )?(?:(?:axial|coronal|sagittal|[23]-?d)\W+)*"
+    r"((?:flair|contrast(?! (?:to|agent|medi))|post.?contrast|gad|t1|t2|pd\b|proton|swi\b|gre\b|dwi|diffusion.weighted|adc\b)[^.,;?!]*)",
+    re.IGNORECASE)
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_BY_NUMBER = re.compile(rf"\bseries (?:# ?|no\.? ?|number )?(\d+(?:\.\d+)?)|\b({'|'.join(_ORDINALS)}) series\b", re.IGNORECASE)
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
@@ -143,22 +148,19 @@ class Study:
         return max(self.volumes, key=lambda v: v.voxels.numel())
 
     @staticmethod
-    def names_one(question: str) -> bool:
-        """Whether a question names a series, be it there or not."""
-        return bool(re.search(r"\bseries \d", question, re.IGNORECASE) or _ON_SEQUENCE.search(question))
+    def asked_for(question: str) -> str:
+        """What a question names, be it there or not: `series 2`, or one of `anatomy.SEQUENCES`; empty where it names no series."""
+        if number := _BY_NUMBER.search(question):
+            return f"series {number[1] or 1 + _ORDINALS.index(number[2].lower())}"
+        asked = _ON_SEQUENCE.search(question)
+        return next(s for pattern, s in _NAMED if re.match(pattern, asked[1], re.IGNORECASE)) if asked else ""
 
     def named(self, question: str) -> Volume | None:
         """The volume that a question names: `series 2`, or `on the FLAIR`; None where it names none, or more than one fits."""
-        number = re.search(r"\bseries (\d+(?:\.\d+)?)", question, re.IGNORECASE)
-        if number:
-            fits = [v for v in self.volumes if v.name.removeprefix("series ") == number[1]]
-        else:
-            asked = _ON_SEQUENCE.search(question)
-            if asked is None:
-                return None
-            words = asked[1].lower()
-            wanted = next(s for pattern, s in _NAMED if re.match(pattern, words))
-            fits = [v for v in self.volumes if v.sequence == wanted]
-            if wanted == "T1w" and not fits:
-                fits = [v for v in self.volumes if v.sequence == "T1w-Gd"]
+        wanted = self.asked_for(question)
+        if wanted in ("", "other"):
+            return None
+        fits = [v for v in self.volumes if wanted in (v.name, v.sequence)]
+        if wanted == "T1w" and not fits:
+            fits = [v for v in self.volumes if v.sequence == "T1w-Gd"]
         return fits[0] if len(fits) == 1 else None

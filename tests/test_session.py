@@ -79,7 +79,7 @@ def test_kspace_is_reconstructed_in_the_conversation(session, tmp_path):
     made = answer.reconstruction.image.voxels[0]
     assert made.shape == (64, 64, 4)
     assert float(torch.corrcoef(torch.stack([made[:, :, 1].T.flatten(), image.flatten()]))[0, 1]) > 0.9
-    before, after = session.before_after("axial", 1)
+    before, after = session.before_after(1)
     assert before.shape == after.shape
     assert not np.array_equal(before, after)
     assert np.array_equal(after, views.draw(session.shown, "axial", 1))
@@ -195,9 +195,9 @@ def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path):
     write_kspace(tmp_path / "k.h5", KSpace(data, mask, torch.eye(4).double()))
     session.load(tmp_path / "k.h5")
     session.ask("Reconstruct this.", task="reconstruct")
-    shown = session.before_after("axial", 1)
+    shown = session.before_after(1)
     again = Session(assistant, tmp_path / "session")
-    assert all(np.array_equal(a, b) for a, b in zip(shown, again.before_after("axial", 1), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(shown, again.before_after(1), strict=True))
     assert again.scene()["compare"] == "zero-filled"
     (tmp_path / "session" / "zero_filled.nii").unlink()
     older = Session(assistant, tmp_path / "session")

@@ -24,6 +24,7 @@ from .headers import (
     MOSAIC_IMAGES,
     class_of,
     codes,
+    contrast_given,
     header_of,
     kind_of,
     number,
@@ -276,14 +277,28 @@ def _vectors(position: Any, orientation: Any) -> tuple[np.ndarray, np.ndarray, n
     return p, row, column
 
 
+SAME = (*(0.01,) * 6, 0.001, 0.001, 0.1, 1.0)
+"""By how much images of one volume may differ in the components of row and column, pixel spacing (mm), echo time (ms) and b (s/mm2)."""
+
+
+def _numbers(f: Frame) -> tuple[float, ...]:
+    """What `SAME` compares."""
+    echo, b = f.parameters.get("echo_time_ms", 0.0), f.parameters.get("b_value_s_per_mm2", 0.0)
+    return (*f.row.tolist(), *f.column.tolist(), *f.spacing, echo, b)
+
+
 def volumes_of(frames: list[Frame], passed_over: list[str]) -> list[Series]:
     """The volumes of one series: told apart by kind, orientation, size, stack, echo, b-value and repetition."""
-    groups: dict[tuple[Any, ...], list[Frame]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Frame]] = {}
     for f in frames:
-        turn = tuple(round(v, 2) + 0.0 for v in (*f.row.tolist(), *f.column.tolist()))
-        size = (*f.size, round(f.spacing[0], 3), round(f.spacing[1], 3))
-        echo, b = f.parameters.get("echo_time_ms", 0.0), f.parameters.get("b_value_s_per_mm2", 0.0)
-        groups[(f.kind, turn, size, f.stack, round(echo, 1), round(b))].append(f)
+        mine = _numbers(f)
+        # Against the first of a group and not by rounding, which parts neighbours at its edges.
+        known = next((m for m in groups.values() if (m[0].kind, m[0].size, m[0].stack) == (f.kind, f.size, f.stack)
+                      and all(abs(x - y) <= off for x, y, off in zip(mine, _numbers(m[0]), SAME, strict=True))), None)
+        if known is not None:
+            known.append(f)
+            continue
+        groups[(f.kind, mine[:6], (*f.size, *mine[6:8]), f.stack, round(mine[8], 1), round(mine[9]))] = [f]
     kinds = {k[:4] for k in groups}
     echoes, bs = sorted({k[4] for k in groups}), sorted({k[5] for k in groups})
     made = []
@@ -293,7 +308,10 @@ def volumes_of(frames: list[Frame], passed_over: list[str]) -> list[Series]:
             words.append(f"echo {echoes.index(key[4]) + 1} of {len(echoes)}")
         if len(bs) > 1:
             words.append(f"b {key[5]:g} s/mm2")
-        for repeat, of, stack in repeats(members):
+        told_apart = repeats(members)
+        if left := len(members) - sum(len(stack) for *_, stack in told_apart):
+            passed_over.append(f"{key[0]}: {left} image{'s' if left > 1 else ''} of an incomplete repetition")
+        for repeat, of, stack in told_apart:
             told = [*words, f"volume {repeat} of {of}"] if of > 1 else words
             try:
                 with decoding("a readable DICOM series"):
@@ -352,7 +370,7 @@ def stack_frames(frames: list[Frame], variant: str) -> Series:
     affine[:3, 3] = positions[0]
     affine[:2] *= -1  # DICOM's LPS+ to RAS+
     scanning = codes(first.header.get("ScanningSequence"))
-    sequence = sequence_of(first.parameters, scanning=scanning, contrast=bool(first.header.get("ContrastBolusAgent")), kind=first.kind)
+    sequence = sequence_of(first.parameters, scanning=scanning, contrast=contrast_given(first.header), kind=first.kind)
     return Series(
         (columns, rows, len(kept)), check_affine(affine), lambda: decode(kept), "DICOM", kind=first.kind, variant=variant,
         sequence=sequence, parameters=first.parameters, warnings=warnings,
@@ -408,8 +426,12 @@ def pixels_of(f: Frame) -> np.ndarray:
         with f.path.open("rb") as file:
             file.seek(f.offset)
             start = 8 if NATIVE[h["TransferSyntaxUID"]] else 12
-            if file.read(start)[:4] == b"\xe0\x7f\x10\x00":
-                return np.frombuffer(file.read(int(np.prod(shape)) * stored.itemsize), stored).reshape(shape)
+            unused = 8 * stored.itemsize - int(h.get("BitsStored") or 8 * stored.itemsize)
+            low = unused > 0 and int(h.get("HighBit") or 0) + 1 + unused == 8 * stored.itemsize  # values begin at the lowest bit
+            if file.read(start)[:4] == b"\xe0\x7f\x10\x00" and (low or unused == 0):
+                values = np.frombuffer(file.read(int(np.prod(shape)) * stored.itemsize), stored).reshape(shape)
+                # Bits above the stored ones are no part of a value: older scanners keep an overlay there.
+                return values << unused >> unused if unused else values
     import pydicom
 
     whole = pydicom.dcmread(f.path, force=True)

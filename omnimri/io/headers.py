@@ -34,11 +34,14 @@ TAGS: list[Any] = [
     "FrameOfReferenceUID", "ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "InstanceNumber", "AcquisitionNumber",
-    "TemporalPositionIdentifier", "ScanningSequence", "SequenceVariant", "ContrastBolusAgent", "SharedFunctionalGroupsSequence",
+    "TemporalPositionIdentifier", "ScanningSequence", "SequenceVariant", "ContrastBolusAgent", "ContrastBolusAgentSequence",
+    "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "SpacingBetweenSlices", CSA_CREATOR, CSA_IMAGE_HEADER,
     MOSAIC_IMAGES, *PARAMETERS.values(), *PRIVATE_B_VALUES,
 ]
 """Everything that is read of a header. `PatientID` and the UIDs tell studies apart and are not kept, but for `SOPInstanceUID`."""
+NO_AGENT = {"NONE", "NO", "N", "NO AGENT", "NO CONTRAST", "NONE GIVEN", "N/A", "NA", "NIL", "0", "WITHOUT", "W/O", "FALSE", "UNKNOWN", "-"}
+"""What is written where no contrast agent was given."""
 MR_CLASSES = {"1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4"}
 """Classic, enhanced, and legacy converted enhanced MR image storage."""
 OTHER_CLASSES = (
@@ -109,6 +112,12 @@ def number(value: Any, *, high: float = 1e6) -> float | None:
     except (TypeError, ValueError, StopIteration, OverflowError):
         return None
     return x if math.isfinite(x) and 0 <= x <= high else None
+
+
+def contrast_given(header: Mapping[Any, Any]) -> bool:
+    """Whether a contrast agent is recorded, by its name or, in enhanced images, by its sequence."""
+    agent = str(header.get("ContrastBolusAgent") or "").strip().upper()
+    return agent not in NO_AGENT if agent else bool(header.get("ContrastBolusAgentSequence"))
 
 
 def codes(value: Any) -> list[str]:

@@ -83,12 +83,21 @@ def read_with_itk(path: Path, file_format: str) -> list[Series]:
         return whole()[volume].transpose(2, 1, 0)
 
     found = []
+    oriented = dimension > 2 and _tells_sides(header, file_format)
     for v in range(volumes):
-        found.append(Series(space, affine, functools.partial(decode, v), file_format, oriented=dimension > 2,
+        found.append(Series(space, affine, functools.partial(decode, v), file_format, oriented=oriented,
                             variant=f"volume {v + 1} of {volumes}" if volumes > 1 else ""))
         if dimension == 2:
             found[-1].warnings.append("a flat picture has no place in the scanner: sides are unknown")
     return found
+
+
+def _tells_sides(header: bytes, file_format: str) -> bool:
+    """Whether a NRRD or MetaImage header gives directions in the patient; ITK takes its own for those that are not there."""
+    if file_format == "NRRD":
+        space = rb"^space: *(?:(?:left|right)-(?:anterior|posterior)-superior|[lr][ap]s)(?:-time)?\s*$"
+        return bool(re.search(space, header, re.MULTILINE | re.IGNORECASE) and re.search(rb"^space directions:", header, re.MULTILINE))
+    return bool(re.search(rb"^(?:TransformMatrix|Rotation|Orientation|AnatomicalOrientation) *=", header, re.MULTILINE))
 
 
 def read_picture(path: Path, file_format: str) -> list[Series]:

@@ -124,9 +124,11 @@ def _read_files(files: list[Path], room: Path, whole: bool, kspace: dict[str, An
             kinds[path] = str(error)
         except OSError:
             kinds[path] = "unreadable"
+    left = MAX_TOTAL_BYTES
     for k, path in enumerate(files):
         if kinds[path] == "DICOM in gzip":
-            files[k] = _gunzip(path, room / f"gz{k}")
+            files[k] = gunzip(path, room / f"gz{k}", left)
+            left -= files[k].stat().st_size
             kinds[files[k]] = "DICOM"
     instances = [p for p in files if kinds[p] == "DICOM"]
     found = read_dicom(instances) if instances else Contents()
@@ -246,13 +248,13 @@ def _link(path: Path, suffix: str, place: Path) -> Path:
     return link
 
 
-def _gunzip(path: Path, target: Path) -> Path:
-    """A gzip file's content, within its limit.
+def gunzip(path: Path, target: Path, most: int = MAX_FILE_BYTES) -> Path:
+    """A gzip file's content, within its limit and `most` bytes.
 
     Raises:
         UnusableError: it inflates beyond it, or is damaged.
     """
-    left = min(MAX_FILE_BYTES, MAX_RATIO * max(path.stat().st_size, 4096))
+    left = min(MAX_FILE_BYTES, most, MAX_RATIO * max(path.stat().st_size, 4096))
     try:
         with gzip.open(path, "rb") as f, target.open("wb") as out:
             while data := f.read(2**20):

@@ -133,6 +133,10 @@ def _decoder(image: Any, shape: tuple[int, ...], volume: int) -> Any:
     return decode
 
 
+MOST_ALONG = 2**15 - 1
+"""Voxels along an axis that a NIfTI header can tell."""
+
+
 def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor, *, comment: str = "") -> None:
     """Write (X, Y, Z) voxels with an affine; integers as int16, others as float32; whole or not at all.
 
@@ -148,6 +152,8 @@ def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor, *, comment: st
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
     if not path.name.endswith(suffix):
         raise ValueError(f"expected an output name ending in .nii or .nii.gz, got {path.name!r}")
+    if max(voxels.shape) > MOST_ALONG:
+        raise ValueError(f"expected at most {MOST_ALONG} voxels along an axis, as NIfTI holds, got {max(voxels.shape)}; crop the image")
     array = voxels.cpu().numpy()
     array = array.astype(np.float32 if array.dtype.kind == "f" else np.int16)
     image = nibabel.Nifti1Image(array, affine.numpy())
@@ -165,5 +171,7 @@ def write_nifti(path: str | Path, voxels: Tensor, affine: Tensor, *, comment: st
         nibabel.save(image, partial)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"expected an output file that can be written, got {path.name!r}: {error.strerror}; name another") from None
     finally:
         Path(partial).unlink(missing_ok=True)
