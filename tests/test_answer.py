@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from omnimri.anatomy import SEQUENCES
+from omnimri.anatomy import NAMES, SEQUENCES
 from omnimri.answer import fill_slots, lesion_measures
 from omnimri.assistant import Assistant
-from omnimri.conversation import plain_ids
+from omnimri.conversation import Message, plain_ids
 from omnimri.factcheck import (
+    BRAIN_ALONE,
     NOT_SHOWN,
     ground_anatomy,
     ground_contrast,
@@ -30,6 +31,7 @@ from omnimri.factcheck import (
 from omnimri.lesions import Lesion, without_sides
 from omnimri.measure import Measured, brain_box, lobe_of
 from omnimri.tokens import digit_ids
+from omnimri.volume import Study
 
 
 def lesion(rank, side, place, ml=2.0, mm=18.0):
@@ -132,6 +134,7 @@ def test_questions_name_structures():
     assert names_in("Is the left hippocampus smaller than the right?") == names_in("Outline the hippocampi") == both
     assert names_in("the hippocampus on the left") == names_in("left-sided hippocampus") == ("left hippocampus",)
     assert names_in("That is the left hippocampus, right?") == ("left hippocampus",)
+    assert names_in("the left hippocampus and both amygdalae") == ("left hippocampus", "left amygdala", "right amygdala")
     assert by_known_names("Outline the Brain stem and left hippocampal volume") == "Outline the brain-stem and left hippocampus volume"
     assert names_in("brainstem and fourth ventricle") == ("4th ventricle", "brain-stem")
 
@@ -204,6 +207,8 @@ def test_a_side_alone_means_what_was_spoken_of_before():
      ("Is this a T2 FLAIR?", "No, it is FLAIR.", "FLAIR", "Yes, it is FLAIR."),
      ("Is this a T1?", "No, it is T1-weighted.", "T1w-Gd", "Yes, it is contrast-enhanced T1-weighted."),
      ("T1 or T2?", "Yes, it is T1-weighted.", "T2w", "It is T2-weighted."),
+     ("Is this a contrast-enhanced T1?", "No, it is T1-weighted.", "T1w", "It is T1-weighted."),
+     ("Is this a T1 without contrast?", "Yes, it is T1-weighted.", "T1w-Gd", "It is contrast-enhanced T1-weighted."),
      ("", "Diffusion-weighted images are needed to tell that.", "T1w", "Diffusion-weighted images are needed to tell that."),
      ("", "T2*-weighted images are needed to tell that.", "other", "T2*-weighted images are needed to tell that."),
      ("", "Axial diffusion-weighted MRI of the brain.", "other", "Axial MRI of the brain. The sequence cannot be told from the image.")],
@@ -234,6 +239,10 @@ def test_looks_and_diagnoses_need_their_sequence():
     assert ground_looks("A <size> diffusion-restricted lesion lies here.", "T2w")[0] == "A <size> lesion lies here."
     assert ground_looks("Impression: a single lesion in the left putamen, perhaps an acute infarct.", "other")[1] == ()
     assert ground_limits("Is there a stroke?", "No lesion is found.", "T1w").endswith("Diffusion-weighted images are needed to tell that.")
+    for question, series in (("Any microbleeds?", "T2*"), ("Restricted diffusion?", "Diffusion"), ("a CVA?", "Diffusion"),
+                             ("Does it enhance?", "Contrast-enhanced")):  # fmt: skip
+        assert series in ground_limits(question, "No lesion is found.", "T1w")
+    assert ground_limits("Does it enhance?", "No lesion is found.", "T1w-Gd") == "No lesion is found."
     assert ground_limits("Find lesions.", "No lesion is found.", "T1w") == "No lesion is found."
 
 
@@ -362,5 +371,29 @@ def test_no_lesion_is_not_said_of_another_organ():
     def said(question):
         return ground_words(question, "", "<detect> No lesion is found.", sequence=("T1w", "image"), plane="axial", visible=())[0]
 
-    assert said("Is the liver healthy?") == NOT_SHOWN
+    assert said("Is the liver healthy?") == said("Is the heart normal on this head scan?") == NOT_SHOWN
+    assert said("Is there an aneurysm?") == said("a pituitary lesion?") == said("Any fracture?") == BRAIN_ALONE
     assert said("Is anything abnormal?") == said("Any brain metastasis of lung cancer?") == "<detect> No lesion is found."
+
+
+def test_what_was_asked_of_another_series_is_told(checkpoint, scan):
+    made = Assistant(checkpoint)
+    one = replace(scan, sequence="T1w", name="series 1")
+    told = made.answer(Study(volumes=(one,)), "Are there lesions on the FLAIR?", task="detect").warnings
+    assert any("no series is known to be the one that was named: this is said of series 1" in w for w in told)
+    assert not any("no series" in w for w in made.answer(Study(volumes=(one,)), "Are there lesions on the T1?", task="detect").warnings)
+    other = replace(scan, voxels=scan.voxels[..., :-1], sequence="FLAIR", name="series 2")
+    both = Study(volumes=(one, other))
+    assert made.answer(both, "Are there lesions on the FLAIR?", task="detect").study["used"] == "series 2"
+    before = (Message("user", "Are there lesions on the FLAIR?"), Message("assistant", "<detect> No lesion is found."))
+    assert made.answer(both, "Are there lesions?", history=before, task="detect").study["used"] == "series 2"
+    assert made.answer(both, "Are there lesions?", task="detect").study["used"] == "series 1"
+
+
+def test_not_every_structure_is_outlined_where_some_have_no_mask(checkpoint, scan):
+    made = Assistant(checkpoint)
+    found = made.answer(Study(volumes=(scan,)), "Segment everything.", task="segment")
+    present = sum(s.voxels > 0 for s in found.structures if s.name in NAMES)
+    if present < len(NAMES):
+        assert found.text.startswith(f"{present} of {len(NAMES)} structures are outlined") or "every" not in found.text.lower()
+    assert all(s.voxels == int((found.covered == s.label).sum()) for s in found.structures if s.name in NAMES)

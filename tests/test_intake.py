@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 
 import nibabel
 import numpy as np
@@ -23,6 +24,7 @@ from pydicom.uid import (
 
 from omnimri.io import open_study
 from omnimri.io.headers import class_of, kind_of
+from omnimri.volume import Study, Volume
 
 from .conftest import NIBABEL, PYDICOM, SECRET, change, write_dicom
 from .fuzz import write_ismrmrd
@@ -242,11 +244,23 @@ def test_a_whole_study_is_told_apart(scan, tmp_path):
     assert "more than one patient" in told
     assert "archive inside" in told
     assert study.named("Is there a lesion on the FLAIR?").sequence == "FLAIR"
+    assert study.named("Does the axial FLAIR show lesions?").sequence == "FLAIR"
     assert study.named("Is this a FLAIR?") is None
     name = next(s.name for s in study.series if s.kind == "ADC map")
     assert open_study(folder, series=[name.removeprefix("series ")]).primary.name == name
     with pytest.raises(ValueError, match="expected series from"):
         open_study(folder, series=["77"])
+
+
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [("Does the FLAIR show lesions?", "FLAIR"), ("lesions on the axial FLAIR", "FLAIR"), ("on the T2-weighted FLAIR", "FLAIR"),
+     ("lesions on the 3D T1", "T1w"), ("on the T1 post contrast", "T1w-Gd"), ("blood on the T2*", "other"), ("on the T2", "T2w"),
+     ("using DWI", "other"), ("series #2", "series 2"), ("in the second series", "series 2"), ("on series 3.1", "series 3.1"),
+     ("in contrast to the left side, is the right one small?", ""), ("Was a contrast agent used?", ""), ("Write a report.", "")],
+)  # fmt: skip
+def test_a_question_names_a_series(question, wanted):
+    assert Study.asked_for(question) == wanted
 
 
 def test_series_without_a_common_frame_are_told(scan, tmp_path):
@@ -282,6 +296,87 @@ def test_missing_doubled_sheared_and_repeated_slices(scan, tmp_path):
     for path in change(again, SeriesInstanceUID=uid).iterdir():
         path.rename(folder / f"b{path.name}")
     assert [s.variant for s in open_study(folder).series] == ["volume 1 of 2", "volume 2 of 2"]
+
+
+def test_what_lies_on_an_edge_of_rounding_is_one_volume(scan, tmp_path):
+    folder = write_dicom(scan, tmp_path / "echo", shuffle=False)
+    change(folder, EchoTime=lambda d: 12.25 + 0.0001 * (-1) ** int(d.InstanceNumber))
+    assert [v.shape for v in open_study(folder).volumes] == [scan.shape]
+    twice = write_dicom(scan, tmp_path / "twice", shuffle=False)
+    for path in sorted(twice.iterdir())[:5]:  # a second repetition that was broken off
+        d = pydicom.dcmread(path)
+        d.SOPInstanceUID, d.InstanceNumber = generate_uid(), int(d.InstanceNumber) + 100
+        d.save_as(twice / f"again{path.name}")
+    assert "5 images of an incomplete repetition" in " ".join(open_study(twice).warnings)
+
+
+def test_bits_above_the_stored_ones_are_no_values(scan, tmp_path):
+    folder = write_dicom(scan, tmp_path / "plain")
+    usual = open_study(folder).primary
+    overlay = write_dicom(scan, tmp_path / "overlay")
+    for path in overlay.iterdir():
+        d = pydicom.dcmread(path)
+        d.PixelData = (np.frombuffer(d.PixelData, np.uint16) | 0x8000).tobytes()
+        d.save_as(path)
+    assert torch.equal(open_study(overlay).primary.voxels, usual.voxels)
+    signed = write_dicom(scan, tmp_path / "signed", header={"RescaleSlope": 1, "RescaleIntercept": 0})
+    for path in signed.iterdir():
+        d = pydicom.dcmread(path)
+        values = np.frombuffer(d.PixelData, np.uint16) % 2048
+        d.PixelRepresentation, d.PixelData = 1, np.where(values < 500, 0x0FFB, values).astype(np.uint16).tobytes()
+        d.save_as(path)
+        assert pydicom.dcmread(path).pixel_array.min() == -5
+    found = open_study(signed).primary.voxels
+    assert float(found.min()) == -5
+    assert float(found.max()) < 2048
+
+
+@pytest.mark.parametrize(
+    ("header", "sequence"),
+    [({"ContrastBolusAgent": "Gadobutrol"}, "T1w-Gd"), ({"ContrastBolusAgent": "NONE"}, "T1w"), ({"ContrastBolusAgent": " no "}, "T1w"),
+     ({"ContrastBolusAgentSequence": [Dataset()]}, "T1w-Gd"), ({}, "T1w")],
+)  # fmt: skip
+def test_contrast_agent_is_recorded_in_several_ways(scan, tmp_path, header, sequence):
+    folder = write_dicom(scan, tmp_path / "d", header={"RepetitionTime": 500, "EchoTime": 12, **header})
+    assert open_study(folder).primary.sequence == sequence
+
+
+def test_a_series_of_near_cubic_voxels_is_cited_by_its_own_slices(scan, tmp_path):
+    from omnimri.grid import plane_of
+
+    cubic = Volume(torch.rand(1, 40, 40, 40), torch.tensor([[0, 0, 1.0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]]).double())
+    assert plane_of(cubic) == ("axial", "axial")
+    found = open_study(write_dicom(cubic, tmp_path / "sagittal")).primary
+    assert len(found.source) == 40
+    assert plane_of(found) == ("sagittal", "sagittal")
+
+
+def test_directions_that_a_header_lacks_are_not_made_up(tmp_path):
+    import SimpleITK as sitk  # noqa: N813
+
+    image = sitk.GetImageFromArray(np.random.default_rng(0).random((20, 24, 28), np.float32))
+    for name in ("a.mha", "a.nrrd"):
+        sitk.WriteImage(image, str(tmp_path / name))
+        assert open_study(tmp_path / name).primary.oriented
+    bare = re.sub(rb"(TransformMatrix|AnatomicalOrientation) = [^\n]*\n", b"", (tmp_path / "a.mha").read_bytes())
+    (tmp_path / "bare.mha").write_bytes(bare)
+    scanner = (tmp_path / "a.nrrd").read_bytes().replace(b"space: left-posterior-superior", b"space: 3D-right-handed")
+    (tmp_path / "bare.nrrd").write_bytes(scanner)
+    for name in ("bare.mha", "bare.nrrd"):
+        assert not open_study(tmp_path / name).primary.oriented
+
+
+def test_gzip_inflates_within_one_limit_for_all(scan, tmp_path, monkeypatch):
+    from omnimri.io import intake
+
+    whole = write_dicom(scan, tmp_path / "d")
+    (tmp_path / "z").mkdir()
+    for path in whole.iterdir():
+        (tmp_path / "z" / f"{path.name}.dcm.gz").write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(intake, "MAX_TOTAL_BYTES", 3 * next(whole.iterdir()).stat().st_size)
+    (tmp_path / "room").mkdir()
+    with pytest.raises(ValueError, match="inflates beyond its limit"):
+        intake._read_files(sorted((tmp_path / "z").iterdir()), tmp_path / "room", False, None)
 
 
 def test_three_orientations_in_one_series_are_three_volumes(scan, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -19,9 +20,11 @@ import torch
 from PIL import Image
 
 from chat_app import export, views
+from chat_app.files import in_use
 from chat_app.review import MOST_WORDS, Review
 from chat_app.session import Session
 from chat_app.store import Store
+from omnimri.answer import UNLIKE
 from omnimri.assistant import Assistant
 
 from .conftest import SECRET, write_dicom
@@ -120,6 +123,50 @@ def test_what_was_found_stays_outlined_when_a_structure_is_asked_for(session):
     assert {r["label"] for r in export.structures(session)} & {25, 57}
 
 
+def test_structures_stay_outlined_when_lesions_are_asked_for(session):
+    session.ask("Outline every structure.", task="segment")
+    before = {r["label"]: r["ml"] for r in export.structures(session)}
+    session.ask("Find lesions.", task="detect")
+    after = {r["label"]: r["ml"] for r in export.structures(session)}
+    assert set(before) <= set(after)
+    assert set(before) - {25, 57}
+
+
+def test_what_was_noticed_is_in_every_export(session, tmp_path):
+    session.study = replace(session.study, warnings=("sizes mean nothing",))
+    session.review.in_scope = False
+    files = {p.name: p for p in export.write_files(session, tmp_path / "out")}
+    assert json.loads(files["report.json"].read_text())["warnings"] == ["Sizes mean nothing.", UNLIKE]
+    for name in ("report.md", "structures.csv"):
+        text = files[name].read_text()
+        assert "Sizes mean nothing." in text
+        assert UNLIKE in text
+    assert text.splitlines()[0].startswith("#")
+    assert sum(not line.startswith("#") for line in text.splitlines()) == 1 + len(export.structures(session))
+
+
+def test_a_study_in_use_stays_in_memory(assistant, scan_file, tmp_path, monkeypatch):
+    store = Store(assistant, tmp_path / "s")
+    mine = store.of("0" * 32)
+    shutil.copy(scan_file, tmp_path / "a.nii.gz")
+    mine.load(tmp_path / "a.nii.gz")
+    seen = []
+
+    def others(session):
+        for k in range(1, 9):
+            other = store.of(f"{k:032x}")
+            shutil.copy(scan_file, tmp_path / f"{k}.nii.gz")
+            other.load(tmp_path / f"{k}.nii.gz")
+        seen.append((session.study is not None, store.of("0" * 32) is session))
+
+    in_use(others)(mine)
+    assert seen == [(True, True)]
+    for k in range(1, 9):
+        store.of(f"{k:032x}")
+    assert mine.users == 0
+    assert store.of("0" * 32) is mine, "one session for a folder, in memory or not"
+
+
 def test_what_cannot_be_decided_is_said(session):
     with pytest.raises(ValueError, match="finding of this study"):
         session.decide(4000, "accepted")
@@ -203,6 +250,12 @@ def test_a_copy_without_names(dicom_session, tmp_path):
     path = next((tmp_path / "d").iterdir())
     more = pydicom.dcmread(path)
     more.ReasonForStudy = more.AdmittingDiagnosesDescription = more.StudyComments = f"{SECRET}, fell"
+    more.ClinicalTrialSubjectID = more.AdmissionID = more.EthnicGroup = more.DeviceSerialNumber = SECRET[:16]
+    more.PatientBirthDateInAlternativeCalendar, more.StationAETitle, more.RetrieveURL = SECRET, SECRET[:16], SECRET
+    more.StudyDate = "2020-01-01"
+    more.add_new(0x60003000, "OW", SECRET.encode().ljust(64))
+    more.file_meta.SourceApplicationEntityTitle = SECRET[:16]
+    more.preamble = SECRET.encode().ljust(128, b" ")[:128]
     inside = pydicom.Dataset()
     inside.RequestedProcedureDescription = inside.ReasonForTheRequestedProcedure = f"{SECRET} again"
     more.RequestAttributesSequence = [inside]
