@@ -183,6 +183,7 @@ _KEPT = {
     "Manufacturer", "ManufacturerModelName", "SoftwareVersions", "SequenceName", "PulseSequenceName", "ReceiveCoilName", "TransmitCoilName",
     "ReceiveCoilManufacturerName", "TransmitCoilManufacturerName", "ContrastBolusAgent",
     "CodeValue", "CodeMeaning", "CodingSchemeDesignator", "CodingSchemeVersion", "MappingResource", "StackID", "DimensionOrganizationType",
+    "DeidentificationMethod",
 }  # fmt: skip
 """Words that stay: of the scanner, of sequences, and coded ones. All others go (DICOM PS3.15, basic profile, goes less far)."""
 _WORDS = {"LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE", "PN", "UN"}

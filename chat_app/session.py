@@ -223,22 +223,7 @@ class Session:
     def overview(self) -> str:
         """What was understood of the study, in Markdown."""
         self._open_again()
-        if self.study is None:
-            return "No study is open."
-        rows = [f"**{self.told}**", ""] if self.told else []
-        for v in self.study.series:
-            size = " × ".join(map(str, v.shape))
-            mm = " × ".join(f"{s:.2f}" for s in v.spacing_mm)
-            what = ", ".join(w for w in (v.kind if v.kind != "image" else "", v.variant, f"{v.sequence} (header)", v.plane) if w)
-            rows.append(f"- **{v.name}**: {what}, {size} voxels of {mm} mm: {v.why}")
-        if self.study.kspace is not None:
-            s, c, h, w = self.study.kspace.data.shape
-            share = 100 * float(self.study.kspace.mask.float().mean())
-            rows.append(f"- **k-space**: {s} slices, {c} coils, {h} × {w}, {share:.0f} % sampled")
-        rows += [f"- ⚠ {w}" for w in self.study.warnings]
-        if self.face:
-            rows.append("- ⚠ The head is shown with its face, which can be rebuilt from it: mind whom you hand these images to")
-        return "\n".join(rows)
+        return "No study is open." if self.study is None else views.described(self.study, self.told, self.face)
 
     def ask(self, question: str, *, task: str | None = None, on_text: Callable[[str], bool] | None = None) -> Answer:
         """Ask about the open study; the conversation remembers slots, never filled text.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from omnimri.anatomy import LESION, STRUCTURES
 from omnimri.answer import NOTICE
 from omnimri.grid import COLUMNS, NORMAL, ROWS, closest_axes, foreground
-from omnimri.volume import Volume
+from omnimri.volume import Study, Volume
 
 VIEW_PIXELS = 512
 LESIONS = (25, 57)
@@ -124,3 +124,26 @@ def _cut(volume: Volume, array: Tensor, plane: str, index: int) -> Tensor:
     turned = array.permute([axes[p] for p, _ in wanted])
     flips = [k for k, (p, sign) in enumerate(wanted) if float(affine[p, axes[p]]) * sign < 0]
     return torch.flip(turned, flips)[max(0, min(index, turned.shape[0] - 1))]
+
+
+def described(study: Study, told: str, face: bool) -> str:
+    """A study in Markdown: its series and raw data, and what to mind.
+
+    Args:
+        told: What it is, where that is known; or nothing.
+        face: Whether the head is shown with its face.
+    """
+    rows = [f"**{told}**", ""] if told else []
+    for v in study.series:
+        size = " × ".join(map(str, v.shape))
+        mm = " × ".join(f"{s:.2f}" for s in v.spacing_mm)
+        what = ", ".join(w for w in (v.kind if v.kind != "image" else "", v.variant, f"{v.sequence} (header)", v.plane) if w)
+        rows.append(f"- **{v.name}**: {what}, {size} voxels of {mm} mm: {v.why}")
+    if study.kspace is not None:
+        s, c, h, w = study.kspace.data.shape
+        share = 100 * float(study.kspace.mask.float().mean())
+        rows.append(f"- **k-space**: {s} slices, {c} coils, {h} × {w}, {share:.0f} % sampled")
+    rows += [f"- ⚠ {w}" for w in study.warnings]
+    if face:
+        rows.append("- ⚠ The head is shown with its face, which can be rebuilt from it: mind whom you hand these images to")
+    return "\n".join(rows)

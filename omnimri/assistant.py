@@ -218,7 +218,7 @@ class Assistant:
         counts = torch.bincount(seen.labels.flatten(), minlength=256)
         visible = {s.name for s in STRUCTURES if int(counts[s.label]) >= LEAST_VISIBLE}
         notes: tuple[str, ...] = ()
-        if named is None and wanted and wanted != seen.sequence:
+        if named is None and wanted and (wanted == "other" or wanted != seen.sequence):
             notes = (f"no series is known to be the one that was named: this is said of {seen.volume.name or 'the only image'}",)
         before = history[-1].text if history else ""
         raw, more = ground_words(question, before, raw, sequence=(seen.sequence, seen.sequence_source), plane=seen.plane, visible=visible)
@@ -237,11 +237,9 @@ class Assistant:
         labels, drawn = self._draw(seen, ids[0].tolist(), written, chosen)
         grounded = ground_findings(question, TASKS["report"].read(raw), chosen, seen.lesions, sequence=seen.sequence, visible=visible,
                                    signal=dict(s.split(": ") for s in seen.record.signal), can_deny=self.can_deny)
-        text = grounded.raw
-        if set(drawn) >= set(NAMES) > visible:
-            text = f"{len(visible)} of {len(NAMES)} structures are outlined; the others are not in this image."
-        return self._answer(study, seen, text, chosen, labels, drawn, notes=(*grounded.notes, *notes),
-                            lesions=grounded.lesions, raw=raw)
+        some = f"{len(visible)} of {len(NAMES)} structures are outlined; the others are not in this image."
+        text = some if set(drawn) >= set(NAMES) > visible else grounded.raw
+        return self._answer(study, seen, text, chosen, labels, drawn, notes=(*grounded.notes, *notes), lesions=grounded.lesions, raw=raw)
 
     def _draw(self, seen: Examination, prompt: list[int], written: list[int], chosen: str) -> tuple[Tensor, tuple[str, ...]]:
         """Masks of the structures that the answer's own `<segment>` states ask for: labels in scan space, and the names shown."""
