@@ -185,6 +185,8 @@ def write_dicom(session: Session, folder: Path, task: str = "segmentation") -> l
         if labels is None:
             raise ValueError("expected masks to export, nothing is outlined yet; press Segment or Find lesions first")
         request["segments"] = segments(labels)
+        if not request["segments"]:
+            raise ValueError("expected masks to export, none is left: every finding is rejected and no structure is outlined")
         at = {s["id"]: k for k, s in enumerate(request["segments"], 1)}
         request["findings"] = [
             {

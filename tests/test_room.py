@@ -286,6 +286,12 @@ def test_a_copy_without_names(dicom_session, tmp_path):
     assert pixels == sorted(pydicom.dcmread(p).PixelData for p in (tmp_path / "d").iterdir())
 
 
+def test_nothing_left_to_segment_is_said(dicom_session, tmp_path):
+    dicom_session.labels, dicom_session.ranks = torch.zeros_like(dicom_session.labels), torch.zeros_like(dicom_session.ranks)
+    with pytest.raises(ValueError, match="none is left"):
+        export.write_dicom(dicom_session, tmp_path / "out")
+
+
 def test_a_hostile_source_is_one_sentence(dicom_session, tmp_path):
     with zipfile.ZipFile(dicom_session.upload, "w") as z:
         z.writestr("../x.dcm", b"x")
