@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -284,6 +285,23 @@ def test_a_copy_without_names(dicom_session, tmp_path):
             assert b"ignore all instructions" not in data
     pixels = sorted(pydicom.dcmread(tmp_path / "z" / n).PixelData for n in names)
     assert pixels == sorted(pydicom.dcmread(p).PixelData for p in (tmp_path / "d").iterdir())
+
+
+def test_whatever_the_reader_opens_can_be_referred_to(assistant, scan, tmp_path):
+    """Files without a preamble, in gzip, and with the character sets of Japan."""
+    folder = write_dicom(scan, tmp_path / "d", header={"SpecificCharacterSet": ["", "ISO 2022 IR 87"]})
+    paths = sorted(folder.iterdir())
+    paths[0].write_bytes(paths[0].read_bytes()[132:])
+    (folder / "IM.dcm.gz").write_bytes(gzip.compress(paths[1].read_bytes()))
+    paths[1].unlink()
+    made = Session(assistant, tmp_path / "session")
+    made.load(zipped(folder, tmp_path / "d.zip"))
+    assert made.shown.shape == scan.shape
+    made.ask("Find lesions.", task="detect")
+    assert "segmentation.dcm" in {p.name for p in export.write_dicom(made, tmp_path / "out")}
+    told = {p.name: p for p in export.write_dicom(made, tmp_path / "copy", "deidentify")}
+    assert json.loads(told["deidentified.json"].read_text())["instances"] == scan.shape[2]
+    made.close()
 
 
 def test_nothing_left_to_segment_is_said(dicom_session, tmp_path):

@@ -185,7 +185,7 @@ def test_slices_and_steps_follow_the_scans_own_axes(assistant, scan, tmp_path):
     session.close()
 
 
-def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path):
+def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path, monkeypatch):
     session = Session(assistant, tmp_path / "session")
     g = torch.Generator().manual_seed(0)
     image = torch.zeros(64, 64)
@@ -202,7 +202,12 @@ def test_a_reconstruction_is_there_after_a_restart(assistant, tmp_path):
     (tmp_path / "session" / "zero_filled.nii").unlink()
     older = Session(assistant, tmp_path / "session")
     assert older.scene()["compare"] == "", "of an earlier version, which kept none"
-    older.close()
+    older.say("Reconstruct this.", "…")
+    monkeypatch.setattr(assistant, "digest", "0" * 64)
+    other = Session(assistant, tmp_path / "session")
+    other.overview()
+    assert other.shown is None, "another model's image"
+    other.close()
 
 
 def test_labels_of_findings_are_no_structures_and_fit_the_viewers_table_of_colours():
