@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import LESION, LESION_LABEL, NAMES, STRUCTURES, by_known_names, resolve_names
-from .answer import (
-    SIDES_UNKNOWN,
-    UNLIKE,
-    Answer,
-    Finding,
-    StructureVolume,
-    fill_slots,
-    lesion_measures,
-    sentences,
-)
+from .answer import SIDES_UNKNOWN, UNLIKE, Answer, Finding, StructureVolume, fill_slots, lesion_measures, sentences
 from .checkpoint import EMBEDDED, load_model
 from .conversation import IGNORE, Message, Rendered, card, render
 from .examination import Examination, answer_labels, examine

@@ -67,7 +67,7 @@ NOT_SHOWN = "I can only speak about what this study shows."
 _ELSEWHERE = re.compile(r"\b(?:liver|kidneys?|lungs?|heart|spleen|pancreas|stomach|bowels?|prostate|breasts?|uterus|ovar(?:y|ies)|bladder"
                         r"|knees?|hips?|shoulders?|abdomen|chest|thyroid|teeth)\b", re.IGNORECASE)
 _BESIDE_THE_BRAIN = re.compile(r"\b(?:aneurysms?|carotids?|pituitary|sinus(?:es|itis)|mastoid\w*|orbit(?:s|al)?|eyes?|optic"
-                               r"|neck|spine|spinal|vertebra\w*|cervical"
+                               r"|spine|spinal|vertebra\w*|(?:neck|cervical)\b(?! (?:cancer|carcinoma|tumou?r))"
                                r"|(?:bone|skull) (?:lesion|metastas[ei]s|marrow)|skull base|fractur\w+)\b",
                                re.IGNORECASE)
 BRAIN_ALONE = ("Lesions are looked for in the tissue of the brain alone: vessels, bone, orbits, sinuses, pituitary gland, neck and spine "
