@@ -23,10 +23,11 @@ from data_recipes.synthetic import CHOOSING_MAPS
 from data_recipes.wording import Voice
 from omnimri.anatomy import STRUCTURES
 from omnimri.answer import fill_slots, lesion_measures
+from omnimri.example import Record
 from omnimri.io import open_study, study_of
 from omnimri.lesions import Lesion
 from omnimri.measure import measure, right_of_midline, side_of
-from omnimri.volume import KSpace, Study
+from omnimri.volume import KSpace, Study, Volume
 
 SCANS = Path(__file__).parent / "scans.tsv"
 SUITES = ("synthetic", "mni", "colin", "freesurfer", "individuals", "brats", "refused")
@@ -168,6 +169,13 @@ def _find(path: str, folders: Sequence[Path]) -> Path:
     raise ValueError(f"expected {path} in one of the folders of --scans, got none there")
 
 
+def written(voice: Voice, record: Record, lesions: Sequence[Lesion], volume: Volume) -> str:
+    """The whole report that rules write of a record with masks: a terse reference would call true sentences unsupported."""
+    told = describe.report(voice, describe.facts_of(record), terse=0.0)
+    measures = [lesion_measures(x, volume.shape[2]) for x in lesions]
+    return fill_slots(told, measures, SimpleNamespace(volume=volume), lesions)  # type: ignore[arg-type]
+
+
 def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
     record = recipe.record(SYNTHETIC_SEED, index)
     assert record.labels is not None
@@ -181,10 +189,7 @@ def _synthetic(recipe: Synthetic, index: int) -> tuple[Study, Truth]:
         # As of a finding: what lies on both sides has neither, whatever structure most of it is in.
         side = side_of(right_of_midline(torch.nonzero(lesions == rank), labels, volume.affine))
         true.append(Lesion(rank, side, place, measure(lesions == rank, volume, slice_axis=2), 1.0, 1.0))
-    measures = [lesion_measures(x, volume.shape[2]) for x in true]
-    # What a whole report says: a terse reference would call true sentences unsupported.
-    told = describe.report(Voice(generator(SYNTHETIC_SEED, "reference", index), wide=True), describe.facts_of(record), terse=0.0)
-    report = fill_slots(told, measures, SimpleNamespace(volume=volume), true)  # type: ignore[arg-type]
+    report = written(Voice(generator(SYNTHETIC_SEED, "reference", index), wide=True), record, true, volume)
     lobe = (record.lesion_lobes or ("",))[0] if places else ""
     kspace = image = None
     if record.kspace:

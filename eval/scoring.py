@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from omnimri.anatomy import STRUCTURES
-from omnimri.measure import brain_mask
+from data_recipes.recipe import generator
+from data_recipes.wording import Voice
+from omnimri.anatomy import CLASS_OF_LABEL, STRUCTURES
+from omnimri.example import Record, normalise
+from omnimri.lesions import Lesion
+from omnimri.measure import brain_mask, rank_components, signal_words
+from omnimri.measure import measure as measure_mask
 from omnimri.volume import Study
 
 from . import predict
-from .cases import GREY, WHITE, Case, Truth, open_case
+from .cases import GREY, WHITE, Case, Truth, open_case, written
 from .metrics.reconstruction import MEASURES as IMAGE_MEASURES
 from .metrics.reconstruction import measure_images
 from .metrics.report import METRICS
@@ -28,9 +33,10 @@ from .metrics.segmentation import dice, measure_masks, pooled_dice
 from .reports import Texts, score
 from .resampling import Estimate, mean_estimate
 
-MIXTURE, CONSTANT, ZERO_FILLED, DEEPBET, WAVELET = (
+MIXTURE, CONSTANT, BY_RULE, ZERO_FILLED, DEEPBET, WAVELET = (
     "three Gaussians",
     "one report for all",
+    "by rule from the model's masks",
     "zero-filled",
     "deepbet",
     "sigpy L1-wavelet",
@@ -123,6 +129,30 @@ def as_truth(labels: np.ndarray) -> np.ndarray:
     out = labels.copy()
     out[labels == 25], out[labels == 57] = 2, 41
     return out
+
+
+def by_rule(s: Scored) -> str:
+    """The report that rules write of the model's own masks, plane and sequence in the references' sentences: what of a report's score
+    is masks and not words. Where the model abstained, its own words.
+    """
+    told, volume = s.told[predict.MODEL]["report"], s.study.primary
+    if not told["scope"]["in_scope"]:
+        return told["text"]
+    labels = torch.from_numpy(s.labels[predict.MODEL])
+    ranks, _ = rank_components(torch.isin(labels, torch.tensor([25, 57])))
+    table = torch.zeros(256, dtype=torch.uint8)
+    for label, k in CLASS_OF_LABEL.items():
+        table[label] = k
+    classes = table[torch.from_numpy(as_truth(labels.numpy())).long()]
+    found = [Lesion(f["number"], f["side"], f["location"], measure_mask(ranks == f["number"], volume, slice_axis=2), 1.0, 1.0)
+             for f in told["findings"]]  # fmt: skip
+    images = normalise(volume.voxels[0].permute(2, 1, 0)[:, None])
+    classes, ranks = classes.permute(2, 1, 0), ranks.permute(2, 1, 0)
+    record = Record(
+        images.expand(-1, 3, -1, -1), torch.arange(len(images), dtype=torch.float32), told["study"]["plane"], (1.0, 1.0, 1.0),
+        told["study"]["sequence"], classes, ranks, tuple(f.place for f in found), signal=signal_words(images[:, 0], classes, ranks),
+    )  # fmt: skip
+    return written(Voice(generator(0, "by rule", s.case.name), wide=False), record, found, volume)
 
 
 def mixture_of(s: Scored) -> np.ndarray:
@@ -253,15 +283,16 @@ class Tissue:
         return t
 
 
-def reports_table(seen: Sequence[tuple[str, str, str, str | None, str]]) -> Table:
+def reports_table(seen: Sequence[tuple[str, str, str, str | None, str, str]]) -> Table:
     """Reports of the synthetic suite against their references.
 
     Args:
-        seen: (case, patient, said, said by random weights or None, reference).
+        seen: (case, patient, said, said by random weights or None, said by rule, reference).
     """
     t = Table("synthetic", "Reports against the reference, by rules and n-grams")
-    ids, patients, said, control, true = zip(*seen, strict=True)
-    systems = {predict.MODEL: said, **({predict.RANDOM: control} if all(control) else {}), CONSTANT: [CONSTANT_REPORT] * len(ids)}
+    ids, patients, said, control, ruled, true = zip(*seen, strict=True)
+    systems = {predict.MODEL: said, **({predict.RANDOM: control} if all(control) else {}), BY_RULE: ruled,
+               CONSTANT: [CONSTANT_REPORT] * len(ids)}  # fmt: skip
     scored = {
         k: score(Texts(ids, tuple(v), tuple((r,) for r in true), patients), list(METRICS.values()))["metrics"] for k, v in systems.items()
     }

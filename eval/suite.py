@@ -22,7 +22,7 @@ from .cases import Case, Truth, template
 from .findings import Honesty, Lesions
 from .metrics.segmentation import dice
 from .reports import NOTICE, to_json, write_atomic
-from .scoring import Reconstructions, Scored, Structures, Table, Tissue, beside, load, reports_table
+from .scoring import Reconstructions, Scored, Structures, Table, Tissue, beside, by_rule, load, reports_table
 
 VERSION = 8
 """Of the suites: figures of different versions are not compared."""
@@ -123,7 +123,7 @@ def score(cases: Sequence[Case], out: Path, *, controls: bool, pooled: bool) -> 
                 peak = max(peak, told["peak_memory_gib"])
                 if s.truth.report is not None:
                     control = s.told[predict.RANDOM]["report"]["text"] if predict.RANDOM in s.told else None
-                    texts.append((case.name, case.patient, told["report"]["text"], control, s.truth.report))
+                    texts.append((case.name, case.patient, told["report"]["text"], control, by_rule(s), s.truth.report))
                 ranked.append((figure_of_merit(s), case))
         tables += [
             t

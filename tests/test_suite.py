@@ -11,14 +11,19 @@ import torch
 
 from data_recipes import Phantom
 from data_recipes.phantom import record_volume
+from data_recipes.recipe import generator
+from data_recipes.wording import Voice
 from eval import cases as case_list
 from eval import findings, predict, scoring, suite
 from eval.__main__ import main
 from eval.cases import Case, Truth
-from omnimri.anatomy import STRUCTURES
+from eval.metrics.report import METRICS
+from omnimri.anatomy import LESION_LABEL, STRUCTURES
 from omnimri.assistant import Assistant
 from omnimri.io import study_of
 from omnimri.io.nifti import write_nifti
+from omnimri.lesions import Lesion
+from omnimri.measure import measure
 from omnimri.volume import KSpace, Study
 
 TABLE = torch.tensor([0, *(s.label for s in STRUCTURES)])
@@ -120,6 +125,32 @@ def test_without_controls_no_column_stands_for_them(cases, checkpoint, tmp_path,
     results = suite.run(cases[:2], tmp_path, checkpoint=str(checkpoint), score_only=False, controls=False, pooled=False)
     assert not any(predict.RANDOM in r["values"] for t in results["tables"] for r in t["rows"])
     assert any(t["title"].startswith("Reports") for t in results["tables"])
+
+
+def test_a_report_by_rule_says_what_the_masks_show():
+    recipe = Phantom(image_size=64, num_slices=6)
+    record = next(r for r in (recipe.record(9, k) for k in range(40)) if r.lesion_places and r.sequence == "FLAIR")
+    volume = record_volume(record)
+    structures, ranks = (x.permute(2, 1, 0) for x in (TABLE[record.labels.long()], record.lesions))
+    sides = [p.split()[0] for p in record.lesion_places]
+    said = structures.numpy().copy()
+    for rank, side in enumerate(sides, 1):
+        said[(ranks == rank).numpy()] = LESION_LABEL[side]
+    known = list(enumerate(zip(sides, record.lesion_places, strict=True), 1))
+    findings = [{"number": k, "side": side, "location": place} for k, (side, place) in known]
+    told = {"findings": findings, "text": "It abstains.", "scope": {"in_scope": True}}
+    told["study"] = {"plane": record.plane, "sequence": "FLAIR"}
+    seen = scoring.Scored(Case("one", "synthetic", "p", None), Study(volumes=(volume,)), Truth(), {predict.MODEL: {"report": told}},
+                          {predict.MODEL: said})  # fmt: skip
+    true = [Lesion(k, side, place, measure(ranks == k, volume, slice_axis=2), 1.0, 1.0) for k, (side, place) in known]
+    reference = case_list.written(Voice(generator(1), wide=False), record, true, volume)
+    metric = METRICS["fact F1"]
+    assert metric([scoring.by_rule(seen)], [[reference]]) > 0.95  # the brain-stem lies under the lesion, of which a map tells no more
+    said[said == LESION_LABEL[sides[0]]] = 2
+    told["findings"] = []
+    assert metric([scoring.by_rule(seen)], [[reference]]) < 0.9
+    told["scope"]["in_scope"] = False
+    assert scoring.by_rule(seen) == "It abstains."
 
 
 def seen_as(truth_labels, said_labels, *, suite_name="synthetic", **truth):
