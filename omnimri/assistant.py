@@ -200,7 +200,7 @@ class Assistant:
         opening = self.tokenizer(f" {seen.grid.plane.capitalize()}", add_special_tokens=False)["input_ids"]
         written = generate(self.model, self.tokenizer, ids, seen, self.no_digits, on_text, beams, opening)
         raw = prefix + self.tokenizer.decode(written, skip_special_tokens=False).replace("<|im_end|>", "")
-        raw = as_known(raw.replace("<|endoftext|>", "").strip())
+        raw = as_known(raw.replace("<|endoftext|>", "").strip(), question if task is None else "")
         if task == "segment" and "<segment>" not in raw:
             raw = "Every structure is outlined <segment>."
             written = self.tokenizer(raw, add_special_tokens=False)["input_ids"]

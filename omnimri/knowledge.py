@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 
 KNOWLEDGE = (
@@ -82,7 +83,30 @@ GENERAL = frozenset(answer for _, _, answer in KNOWLEDGE)
 """Answers that speak of no study; they are given word for word or not at all."""
 
 
-def as_known(said: str) -> str:
-    """The general answer that a text nearly is, word for word; the text itself where it is near none."""
+_SEQUENCES = {
+    "a FLAIR sequence": r"FLAIR|fluid[- ]attenuated inversion[- ]recovery",
+    "a T1-weighted image": r"T1(?:[- ]?weight\w*)?",
+    "a T2-weighted image": r"T2(?:[- ]?weight\w*)?(?!\*)",
+    "diffusion-weighted imaging": r"DWI|diffusion(?:[- ]weighted)? (?:imaging|MRI)",
+    "an ADC map": r"ADC(?: maps?)?",
+    "a T2*-weighted image": r"T2\*(?:[- ]?weight\w*)?",
+}
+_IN_GENERAL = re.compile(r"\b(?:explain|define|principle|stands? for|why (?:is|are|do|does)\b.*\bused|how (?:is|are|do|does)\b.*\bwork"
+                         r"|what (?:is|are)\b.*\bused for|what\b.*\bmeans?\b)", re.I)  # fmt: skip
+_OF_A_STUDY = re.compile(r"\b(?:this|these|that|those|here|my|his|her|their|patient|scan|study|series|lesions?|findings?|dark|bright|signal"
+                         r"|see|seen|shows?|shown|left|right|\w*intens\w*|abnormal\w*|reports?|results?|tumou?rs?|o?edema)\b",
+                         re.I)  # fmt: skip
+
+
+def asked_in_general(question: str) -> str:
+    """The answer to a question on one sequence in general, such as what it stands for; empty for any other question."""
+    if not _IN_GENERAL.search(question) or _OF_A_STUDY.search(question):
+        return ""
+    named = [name for name, form in _SEQUENCES.items() if re.search(rf"(?<!\w)(?:{form})(?![\w*])", question, re.I)]
+    return next(answer for name, _, answer in KNOWLEDGE if name == named[0]) if len(named) == 1 else ""
+
+
+def as_known(said: str, question: str = "") -> str:
+    """The general answer that its question asks for, or that a text nearly is, word for word; the text itself otherwise."""
     near = get_close_matches(said, GENERAL, n=1, cutoff=0.75)
-    return near[0] if near else said
+    return asked_in_general(question) or (near[0] if near else said)

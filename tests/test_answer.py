@@ -324,6 +324,32 @@ def test_what_is_known_in_general_is_said_word_for_word(checkpoint, scan_file, m
         assert made.answer(open_study(scan_file), "What is a FLAIR sequence?").text == text
     assert as_known("The slices are axial.") == "The slices are axial."
     assert len(GENERAL) == len(KNOWLEDGE)
+    monkeypatch.setattr(assistant, "generate", lambda *_: made.tokenizer("No, it is T2-weighted.", add_special_tokens=False)["input_ids"])
+    assert made.answer(open_study(scan_file), "Why is FLAIR used?").text == told
+
+
+def test_a_question_in_general_is_none_of_this_study():
+    from omnimri.knowledge import KNOWLEDGE, asked_in_general
+
+    known = {name: answer for name, _, answer in KNOWLEDGE}
+    for question, name in {
+        "Could you explain how fluid-attenuated inversion recovery works?": "a FLAIR sequence",
+        "what do the letters DWI stand for": "diffusion-weighted imaging",
+        "What is T2* used for?": "a T2*-weighted image",
+        "Explain T2 weighting.": "a T2-weighted image",
+        "Define T1-weighted.": "a T1-weighted image",
+    }.items():
+        assert asked_in_general(question) == known[name], question
+    for question in (
+        "Explain the FLAIR findings.",
+        "Why is this FLAIR dark?",
+        "Is this a FLAIR?",
+        "Explain the difference between T1 and T2.",
+        "What does the hyperintensity on FLAIR mean?",
+        "Explain what you see.",
+        "How large is the lesion on T1?",
+    ):
+        assert not asked_in_general(question), question
 
 
 def test_a_lobe_is_told_as_the_mask_measures_it():
