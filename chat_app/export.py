@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +133,13 @@ def key_images(session: Session, folder: Path) -> list[Path]:
     return made
 
 
-def in_letters(text: str, known: Container[int]) -> str:
-    """The text with `?` for characters that a font lacks, and a line that says so."""
-    drawn = "".join(c if ord(c) in known or c.isspace() else "?" for c in text)
+def in_letters(text: str) -> str:
+    """The text with `?` for characters that a page's fonts lack, and a line that says so."""
+    from reportlab.pdfbase.pdfmetrics import getFont
+
+    font = getFont("Helvetica")
+    fonts = (font, *font.substitutionFonts)
+    drawn = "".join(c if c.isspace() or any(c.encode(f.encName, "ignore") for f in fonts) else "?" for c in text)
     return drawn if drawn == text else f"{drawn}\n\n{NO_LETTERS}"
 
 
@@ -146,30 +149,21 @@ def write_pdf(path: Path, report: str, signature: str, rows: list[dict[str, Any]
 
     from reportlab.lib.pagesizes import A4
     from reportlab.lib.styles import getSampleStyleSheet
-    from reportlab.pdfbase import pdfmetrics
-    from reportlab.pdfbase.ttfonts import TTFont
     from reportlab.platypus import Image, Paragraph, SimpleDocTemplate, Spacer, Table
 
-    plain, bold = TTFont("Vera", "Vera.ttf"), TTFont("VeraBd", "VeraBd.ttf")  # reportlab's own, which has signs like "at least"
-    for font in (plain, bold):
-        pdfmetrics.registerFont(font)
-    pdfmetrics.registerFontFamily("Vera", normal="Vera", bold="VeraBd", italic="Vera", boldItalic="VeraBd")
     styles = getSampleStyleSheet()
-    for name, font in (("Title", bold), ("Heading2", bold), ("BodyText", plain)):
-        styles[name].fontName = font.fontName
     flow: list[Any] = []
-    for line in in_letters(report, plain.face.charToGlyph).splitlines():
+    for line in in_letters(report).splitlines():
         style = "Title" if line.startswith("# ") else "Heading2" if line.startswith("## ") else "BodyText"
         text = escape(line.lstrip("# ").replace("**", ""))
         flow.append(Paragraph(f"<b>{text}</b>" if line.startswith("**") else text, styles[style]) if text else Spacer(1, 6))
     flow += [Spacer(1, 8), Table([[Image(str(i), width=165, height=165) for i in images]]), Spacer(1, 8)]
     if rows:
-        cells = [["structure", "ml", "%"], *([r["name"], f"{r['ml']:.1f}", f"{r['percent']:.1f}"] for r in rows[:40])]
-        flow.append(Table(cells, style=[("FONTNAME", (0, 0), (-1, -1), "Vera")]))
+        flow.append(Table([["structure", "ml", "%"], *([r["name"], f"{r['ml']:.1f}", f"{r['percent']:.1f}"] for r in rows[:40])]))
     flow += [Spacer(1, 8), Paragraph(escape(signature), styles["BodyText"]), Paragraph(NOTICE, styles["BodyText"])]
 
     def foot(canvas: Any, _: Any) -> None:
-        canvas.setFont("Vera", 8)
+        canvas.setFont("Helvetica", 8)
         canvas.drawString(40, 24, NOTICE)
 
     SimpleDocTemplate(str(path), pagesize=A4, title="OmniMRI report", author="OmniMRI").build(flow, onFirstPage=foot, onLaterPages=foot)

@@ -16,8 +16,8 @@ from scipy import ndimage
 
 from data_recipes.recipe import generator
 from data_recipes.wording import Voice
-from omnimri.anatomy import CLASS_OF_LABEL, STRUCTURES
-from omnimri.example import Record, normalise
+from omnimri.anatomy import STRUCTURES
+from omnimri.example import Record, classes_of, normalise
 from omnimri.lesions import Lesion
 from omnimri.measure import brain_mask, rank_components, signal_words
 from omnimri.measure import measure as measure_mask
@@ -138,16 +138,12 @@ def by_rule(s: Scored) -> str:
     told, volume = s.told[predict.MODEL]["report"], s.study.primary
     if not told["scope"]["in_scope"]:
         return told["text"]
-    labels = torch.from_numpy(s.labels[predict.MODEL])
-    ranks, _ = rank_components(torch.isin(labels, torch.tensor([25, 57])))
-    table = torch.zeros(256, dtype=torch.uint8)
-    for label, k in CLASS_OF_LABEL.items():
-        table[label] = k
-    classes = table[torch.from_numpy(as_truth(labels.numpy())).long()]
+    labels = s.labels[predict.MODEL]
+    ranks, _ = rank_components(torch.from_numpy(np.isin(labels, (25, 57))))
     found = [Lesion(f["number"], f["side"], f["location"], measure_mask(ranks == f["number"], volume, slice_axis=2), 1.0, 1.0)
              for f in told["findings"]]  # fmt: skip
     images = normalise(volume.voxels[0].permute(2, 1, 0)[:, None])
-    classes, ranks = classes.permute(2, 1, 0), ranks.permute(2, 1, 0)
+    classes, ranks = (x.permute(2, 1, 0) for x in (classes_of(torch.from_numpy(as_truth(labels))), ranks))
     record = Record(
         images.expand(-1, 3, -1, -1), torch.arange(len(images), dtype=torch.float32), told["study"]["plane"], (1.0, 1.0, 1.0),
         told["study"]["sequence"], classes, ranks, tuple(f.place for f in found), signal=signal_words(images[:, 0], classes, ranks),

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .anatomy import CLASS_OF_LABEL, LESION_LABEL, NAMES, PLANES, SEQUENCE_WORDS, SEQUENCES
+from .anatomy import LESION_LABEL, NAMES, PLANES, SEQUENCE_WORDS, SEQUENCES
 from .conversation import MAX_LESION_EVIDENCE, card, query_messages, render
-from .example import LESION_CLASS, Example, Record, prepare
+from .example import LESION_CLASS, Example, Record, classes_of, prepare
 from .grid import Grid, plane_of
 from .grounding import pool_evidence
 from .lesions import LESION_EDGE, Lesion, LesionRule, lesion_ranks, measured_lesion, without_sides
@@ -341,10 +341,7 @@ def _chunks(total: int, size: int = 4 * CHUNK) -> Iterator[range]:
 
 def _on_lattice(grid: Grid, labels: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Structure classes and lesion ranks of the scan's voxels at the lattice's points, (S, H, W) each."""
-    table = torch.zeros(256, dtype=torch.uint8)
-    for label, k in CLASS_OF_LABEL.items():
-        table[label] = k
-    return table[grid.nearest(labels).long()], grid.nearest(ranks)
+    return classes_of(grid.nearest(labels)), grid.nearest(ranks)
 
 
 def _evidence(model: OmniMRI, example: Example, fine: Tensor, classes: Tensor, ranks: Tensor, num_lesions: int) -> Tensor:

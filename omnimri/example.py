@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .anatomy import CLASS_OF_NAME, LESION, NAMES, PLANES, SEQUENCES
+from .anatomy import CLASS_OF_LABEL, CLASS_OF_NAME, LESION, NAMES, PLANES, SEQUENCES
 from .conversation import IGNORE, Message, Rendered, card, query_messages, render, sequence_messages
 from .volume import quantiles
 
@@ -98,6 +98,14 @@ class Example:
     coils: Tensor
     kspace_mask: Tensor
     kspace_image: Tensor
+
+
+def classes_of(labels: Tensor) -> Tensor:
+    """FreeSurfer labels below 256 of any shape -> uint8 structure classes; 0 where a label is no structure."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    for label, k in CLASS_OF_LABEL.items():
+        table[label] = k
+    return table[labels.long()]
 
 
 def normalise(images: Tensor) -> Tensor:

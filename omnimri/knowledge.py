@@ -86,7 +86,7 @@ GENERAL = frozenset(answer for _, _, answer in KNOWLEDGE)
 _SEQUENCES = {
     "a FLAIR sequence": r"FLAIR|fluid[- ]attenuated inversion[- ]recovery",
     "a T1-weighted image": r"T1(?:[- ]?weight\w*)?",
-    "a T2-weighted image": r"T2(?:[- ]?weight\w*)?(?!\*)",
+    "a T2-weighted image": r"T2(?:[- ]?weight\w*)?",
     "diffusion-weighted imaging": r"DWI|diffusion(?:[- ]weighted)? (?:imaging|MRI)",
     "an ADC map": r"ADC(?: maps?)?",
     "a T2*-weighted image": r"T2\*(?:[- ]?weight\w*)?",
