@@ -258,41 +258,58 @@ def lesion_signals(image: Tensor, classes: Tensor, lesions: Tensor, number: int)
 
 _STEMS = sorted({s.name.removeprefix("left ").removeprefix("right ") for s in STRUCTURES})
 _STEM_OF_CLASS = torch.tensor([0, *(1 + _STEMS.index(s.name.removeprefix("left ").removeprefix("right ")) for s in STRUCTURES)])
-_SICK, _UNTOLD = len(_STEMS) + 1, len(_STEMS) + 2
-_OUTSIDE, _INSIDE = (0.5, 0.75, 0.9, 0.97, 0.995), (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.997)
-PROFILE_SIZE = 3 * (len(_STEMS) + 1) + len(_OUTSIDE) + len(_INSIDE) + 1
+_SIDE_OF_CLASS = torch.tensor([0, *({"left": 1, "right": 2}.get(s.name.split()[0], 0) for s in STRUCTURES)])
+_VENTRICLES = torch.tensor([k for k, s in enumerate(_STEMS, 1) if "ventricle" in s])
+_OUTSIDE, _INSIDE = (0.5, 0.75, 0.9, 0.97, 0.995), (0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
+_FLUID = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9)
+_LEAST_PIXELS, _LEAST_ILL, _NEAR, _MOST_SLICES = 20, 0.003, 4, 48
+PROFILE_SIZE = 3 * len(_STEMS) + 2 * (len(_FLUID) + 1) + 2 + len(_INSIDE) + len(_OUTSIDE)
 
 
 def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
     """How bright everything is against white matter, in (PROFILE_SIZE,) numbers from which a sequence can be told.
 
-    Of each structure with sides merged, then of lesions: the logarithm of its median, its spread, and whether it is there; quantiles of
-    what is not brain and of the brain; the level of white matter itself.
+    Of each structure with sides merged the logarithm of its median, its spread, and whether it is there; quantiles of the ventricles and of
+    other fluid, whose masks spill over into tissue where fluid is scarce, and whether they are there; the median of lesions, and whether
+    they are there; quantiles of the brain and of what is none. What lies within four pixels of a lesion does not count, nor what lies on
+    the side of the brain that has more of it: oedema and mass effect change tissue and masks there.
 
     Args:
         image: (S, H, W) normalised intensities (`example.normalise`).
         classes: (S, H, W) structure classes.
         lesions: (S, H, W) lesion ranks from 1; 0 elsewhere, 255 where unknown.
     """
-    stems = _STEM_OF_CLASS.to(classes.device)[classes.int()]
-    stems = torch.where(lesions == 255, _UNTOLD, torch.where(lesions > 0, _SICK, stems)).flatten()
+    image, classes, lesions = (x[:: max(1, len(image) // _MOST_SLICES)] for x in (image, classes, lesions))
+    classes, ill = classes.int(), lesions > 0
+    near = torch.nn.functional.max_pool2d(ill.float()[:, None], 2 * _NEAR + 1, 1, _NEAR)[:, 0] > 0
     values, order = image.flatten().float().sort()
-    stems = stems[order]
+    stem, side = (table.to(classes.device)[classes].flatten()[order] for table in (_STEM_OF_CLASS, _SIDE_OF_CLASS))
+    ill, healthy = ill.flatten()[order], ~near.flatten()[order]
+    white = stem == 1 + _STEMS.index("cerebral white matter")
+    left, right = (float((ill & (side == k)).sum()) / max(1, int((side == k).sum())) for k in (1, 2))
+    if abs(left - right) > _LEAST_ILL and min(int((white & (side == k)).sum()) for k in (1, 2)) >= 50:
+        healthy &= side != (1 if left > right else 2)
+    brain = stem > 0
+    level = next((v for m in (white & healthy, white & ~ill, brain) if len(v := values[m]) >= 50), values[-1:])
+    middle = max(float(level[len(level) // 2]) + 0.05, 0.02)
 
     def at(x: Tensor, shares: Sequence[float]) -> list[float]:
         return [float(x[min(len(x) - 1, int(q * len(x)))]) + 0.05 for q in shares] if len(x) else [0.05] * len(shares)
 
-    groups = [values[stems == k] for k in range(_SICK + 1)]
-    inside = values[(stems > 0) & (stems != _UNTOLD)]
-    white = groups[1 + _STEMS.index("cerebral white matter")]
-    level = max(at(white if len(white) >= 50 else inside, (0.5,))[0], 0.02)
-    ratio = lambda v: max(-3.0, min(3.0, math.log(max(v, 0.01) / level)))  # noqa: E731
+    def logs(x: Tensor, shares: Sequence[float], least: int = _LEAST_PIXELS) -> list[float]:
+        return [max(-3.0, min(3.0, math.log(max(v, 0.01) / middle))) for v in at(x, shares)] if len(x) >= least else [0.0] * len(shares)
+
     out: list[float] = []
-    for group in groups[1:]:
-        low, middle, high = at(group, (0.1, 0.5, 0.9))
-        out += [ratio(middle), min(3.0, (high - low) / level), 1.0] if len(group) >= 20 else [0.0, 0.0, 0.0]
-    out += [ratio(v) for v in (*at(groups[0], _OUTSIDE), *at(inside, _INSIDE))]
-    return torch.tensor([*out, math.log(level)], device=image.device)
+    kinds = stem[healthy]
+    groups = values[healthy][kinds.argsort(stable=True)].split(torch.bincount(kinds, minlength=len(_STEMS) + 1).tolist())
+    for x in groups[1:]:
+        low, high = at(x, (0.1, 0.9))
+        out += [*logs(x, (0.5,)), min(3.0, (high - low) / middle), 1.0] if len(x) >= _LEAST_PIXELS else [0.0] * 3
+    ventricles = torch.isin(stem, _VENTRICLES.to(stem.device))
+    for where, shares in ((ventricles & ~ill, _FLUID), ((stem == 1 + _STEMS.index("CSF")) & ~ill, _FLUID), (ill, (0.5,))):
+        out += [*logs(values[where], shares), float(int(where.sum()) >= _LEAST_PIXELS)]
+    out += [*logs(values[brain & healthy], _INSIDE), *logs(values[~brain], _OUTSIDE, 1)]
+    return torch.tensor(out, device=image.device)
 
 
 def lobe_of(place: str, at: Tensor) -> str:

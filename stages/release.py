@@ -10,9 +10,9 @@ import argparse
 import json
 import shutil
 import sys
-from collections import defaultdict
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, resolve, save_model
 from omnimri.conversation import card, query_messages, render
 from omnimri.digests import publish
-from omnimri.examination import doubt, examine, likely_sequences
+from omnimri.examination import doubt, examine
 from omnimri.example import LESION_CLASS, Record, language_slices, normalise
 from omnimri.grounding import pool_evidence
 from omnimri.lesions import LESION_EDGE, LesionRule, log_odds
 from omnimri.measure import rank_components, signal_profile, signal_words
 from omnimri.tasks.reconstruct import fast_bf16
+
+from .sequence import learn_sequence, sequence_thresholds, studies
 
 SCOPE_SLICES = (4, 6, 8, 12)
 """Slices of the studies that tell what lies in scope, in turn: the fewer, the more depends on which of them language sees."""
@@ -51,10 +53,6 @@ HEAD_SLICES = 24
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998)
 """Lesion probabilities that are tried."""
-LEAST_PRECISION = 0.9
-"""Smallest share of the held-out studies that get a sequence's name in which it is right."""
-LEAST_NAMED = 6
-"""Fewest held-out studies that a name's threshold may rest on."""
 NEVER = 2.0
 """A threshold that no probability reaches."""
 
@@ -80,9 +78,9 @@ class Seen:
     classes: torch.Tensor
     """(S, H/2, W/2) structure classes there."""
 
-    def profile(self, lesion_threshold: float = 0.5) -> torch.Tensor:
+    def profile(self, slices: slice = slice(None)) -> torch.Tensor:
         """How bright those masks are, in numbers (`omnimri.measure.signal_profile`)."""
-        return signal_profile(self.image, self.classes, (self.lesion > lesion_threshold).long())
+        return signal_profile(self.image[slices], self.classes[slices], (self.lesion[slices] > 0.5).long())
 
 
 def mean_of(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -102,6 +100,11 @@ def of_slices(recipe: Any, number: int) -> Any:
     other = copy(recipe)
     other.num_slices = number
     return other
+
+
+def drawn(recipe: Any, seed: int, index: int) -> Record:
+    """A study of it, of as many slices as its turn has."""
+    return of_slices(recipe, SCOPE_SLICES[index % len(SCOPE_SLICES)]).record(seed, index)
 
 
 def features(model: Any, record: Record) -> torch.Tensor:
@@ -130,32 +133,6 @@ def see(model: Any, tokenizer: Any, record: Record) -> Seen:
     image = images[0, :, 1, ::2, ::2]
     words = signal_words(image, *masks)
     return Seen(patches[chosen].mean((0, 1)), visual, lesion.sigmoid(), evidence, doubt(structures.softmax(1)), words, image, masks[0])
-
-
-def sequence_thresholds(model: Any, records: list[Record], looks: list[Seen]) -> dict[str, Any]:
-    """For each sequence the smallest probability from which on it may be named when read off the image, where there is one;
-    and what was measured for it.
-    """
-    told: dict[str, list[tuple[float, bool]]] = defaultdict(list)
-    instead: list[tuple[float, float, bool]] = []
-    likeliest = 0
-    right = lambda said, true: said == true or (said, true) == ("T1w", "T1w-Gd")  # noqa: E731
-    for record, look in zip(records, looks, strict=True):
-        (said, share), *other = likely_sequences(model, look.profile())
-        told[said].append((share, right(said, record.sequence)))
-        instead += [(share, plain, right(name, record.sequence)) for name, plain in other]
-        likeliest += told[said][-1][1]
-    found: dict[str, dict[str, float]] = {}
-    for sequence in sorted(told.keys() | ({"T1w"} if instead else set()), reverse=True):  # T1w-Gd before T1w, which is said in its stead
-        if sequence == "T1w":
-            told[sequence] += [(plain, ok) for share, plain, ok in instead if share < found.get("T1w-Gd", {}).get("threshold", 2.0)]
-        named = sorted(told[sequence], reverse=True)
-        for k in range(LEAST_NAMED, len(named) + 1):
-            good = sum(ok for _, ok in named[:k])
-            # Studies of equal probability stand or fall together.
-            if good >= LEAST_PRECISION * k and (k == len(named) or named[k][0] < named[k - 1][0]) and sequence != "other":
-                found[sequence] = {"threshold": named[k - 1][0], "named": k, "right": good}
-    return {"thresholds": found, "studies": len(records), "right_without_threshold": likeliest}
 
 
 @torch.inference_mode()
@@ -244,13 +221,13 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
         count: Studies of each.
         heads: Whole held-out heads for the rule of lesions.
     """
-    inside = torch.stack([features(model, of_slices(training, SCOPE_SLICES[i % len(SCOPE_SLICES)]).record(101, i)) for i in range(count)])
+    inside = torch.stack([features(model, drawn(training, 101, i)) for i in range(count)])
     model.scope_mean.copy_(inside.mean(0))
     off = inside - inside.mean(0)
     covariance = off.T @ off / (count - 1)
     values, vectors = torch.linalg.eigh(covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance)))
     model.scope_whiten.copy_(vectors @ torch.diag(values.clamp(min=1e-8).rsqrt()) @ vectors.T)
-    records = [of_slices(held_out, SCOPE_SLICES[i % len(SCOPE_SLICES)]).record(102, i) for i in range(count)]
+    records = [drawn(held_out, 102, i) for i in range(count)]
     looks = [see(model, tokenizer, r) for r in records]
     far = torch.stack([torch.linalg.vector_norm(model.scope_whiten @ (look.features - model.scope_mean)) for look in looks])
     doubts = torch.tensor([look.doubt for look in looks])
@@ -273,7 +250,7 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
                 diseased, found = diseased + 1, found + int(bool((said & truth[:, ::2, ::2]).any()))
         tried[threshold] = (alarms / max(normal, 1), found / max(diseased, 1))
     alone = min((t for t, (alarm, _) in tried.items() if alarm <= FALSE_ALARM_SHARE), default=NEVER)
-    sequence = sequence_thresholds(model, records, looks)
+    sequence = sequence_thresholds(model, [(r.sequence, look.profile()) for r, look in zip(records, looks, strict=True)])
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in sequence["thresholds"].items()}
     lesions = lesion_rule(model, tokenizer, of_slices(held_out, HEAD_SLICES), count=heads, alone=alone)
     model.config.lesion_sensitivity = min(model.config.lesion_sensitivity, tried.get(alone, (0.0, 0.0))[1])
@@ -289,6 +266,21 @@ def calibrate(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count
     }
 
 
+def read_sequence(model: Any, tokenizer: Any, training: Any, held_out: Any, *, count: int) -> dict[str, Any]:
+    """Fit the head of sequences to the model's own masks of `count` studies that were trained on, and choose thresholds on half as many
+    that were not.
+    """
+    look = partial(see, model, tokenizer)
+    learn_sequence(model, look, partial(drawn, training, 104), count, seed=104)
+    head = model.heads["sequence"]
+    head.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in head.state_dict().items()})
+    with torch.inference_mode():
+        told = [(r.sequence, look(r).profile()) for r in studies(partial(drawn, held_out, 105), max(1, count // 2), seed=105)]
+    found = sequence_thresholds(model, told) | {"learnt_from": count}
+    model.config.sequence_thresholds = {k: v["threshold"] for k, v in found["thresholds"].items()}
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write a checkpoint to ship."""
     parser = argparse.ArgumentParser(prog="python -m stages.release", description=__doc__)
@@ -297,10 +289,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--heads", type=int, default=75, help="whole held-out heads that the rule of lesions is chosen on")
+    parser.add_argument("--profiles", type=int, default=0, metavar="N", help="fit the head of sequences anew to the model's own masks of N "
+                        "studies, and choose its thresholds on N / 2")
     parser.add_argument("--mean-with", type=Path, metavar="CHECKPOINT", help="release the mean of both weights, such as of a run and what "
                         "it began with (arXiv 2203.05482)")
-    parser.add_argument("--keep-calibration", action="store_true", help="thresholds and scope as they were before this run: for one that "
-                        "moved nothing they depend on")
+    parser.add_argument("--keep-calibration", action="store_true", help="thresholds and scope as they were calibrated last: where nothing "
+                        "has moved since that they depend on")
     args = parser.parse_args(argv)
     try:
         source = resolve(args.run)
@@ -322,11 +316,14 @@ def main(argv: list[str] | None = None) -> int:
         rounded = {k: v.to(torch.bfloat16) for k, v in state.items()}
         model.load_state_dict({k: v.float() for k, v in rounded.items()})
         if args.keep_calibration:
-            told = next((p["calibration"] for p in reversed(provenance["before"]) if "calibration" in p), None)
+            told = next((p["calibration"] for p in (provenance, *reversed(provenance["before"])) if "calibration" in p), None)
             if told is None or not all(hasattr(model.config, k) for k in ("lesion_rule", "scope_together")):
-                raise ValueError("expected a run that began with a calibrated checkpoint, got one without; leave --keep-calibration out")
+                raise ValueError("expected a calibrated checkpoint or a run that began with one, got neither; leave --keep-calibration out")
         else:
             told = calibrate(model, tokenizer, training, held_out, count=args.count, heads=args.heads)
+        if args.profiles:
+            told = told | {"sequence": read_sequence(model, tokenizer, training, held_out, count=args.profiles)}
+            rounded |= {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k.startswith("heads.sequence.")}
         rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
         for tied in model._tied_weights_keys:
             rounded.pop(tied)
