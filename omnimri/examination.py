@@ -5,8 +5,9 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from .volume import Volume
 
 CHUNK = 8
 """Slices decoded at a time."""
+LOOKS_ALIKE = "FLAIR was read off the brightness of tissue and fluid; a diffusion-weighted image can look the same"
+"""Said where no header tells the sequence."""
 MORE_SPACING_MM = 2.0
 """Distance of slices in the planes that a volume is looked at besides its own."""
 SAME_QUERY = 0.1
@@ -74,6 +77,8 @@ class Examination:
     """Distance from the training distribution relative to its limit; above 1 is out of scope."""
     notes: tuple[str, ...] = ()
     """What a person should know of how the image was read."""
+    likely: tuple[tuple[str, float], ...] = ()
+    """What sequence the image looks like, whatever its header says (`likely_sequences`)."""
 
     @property
     def in_scope(self) -> bool:
@@ -140,7 +145,7 @@ def examine(
         check()
         logits.append((structure_logits(model, view.queries, view.fine), view.grid))
         own = logits[-1][0][..., ::2, ::2]  # each plane's own masks, as in training
-        profiles.append(signal_profile(image[..., ::2, ::2], own[:-1].argmax(0), (own[-1] > 0).long()))
+        profiles.append(signal_profile(image[..., ::2, ::2], own[:-1].max(0).indices, (own[-1] > 0).long()))
     segment = Segment()
     check()
     labels = segment.read(*((x[:-1], g) for x, g in logits))
@@ -175,6 +180,7 @@ def examine(
     looks_like = named_sequence(model, *profiles) if score <= 1.0 and signal else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
+        notes += (LOOKS_ALIKE,) if looks_like == "FLAIR" else ()
     elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd"):
         notes += (f"the header says {SEQUENCE_WORDS[sequence]}, the image looks {SEQUENCE_WORDS[looks_like]}: the header is believed",)
     record = Record(
@@ -200,6 +206,7 @@ def examine(
         lesions=lesions,
         scope_score=score,
         notes=notes,
+        likely=tuple(likely_sequences(model, *profiles)),
     )
 
 
@@ -244,12 +251,14 @@ def structure_logits(model: OmniMRI, queries: Tensor, fine_NCHW: Tensor) -> Tens
     """Queries (1, K, C + 1) with pixel features (S, 4 C, H/2, W/2) -> (K + 1, S, H, W) half precision: background,
     structures, and lesion last.
     """
-    parts = []
-    for part in fine_NCHW.split(CHUNK):
+    s, _, h, w = fine_NCHW.shape
+    found = torch.empty(queries.shape[1] + 1, s, 2 * h, 2 * w, dtype=torch.half, device=fine_NCHW.device)
+    for first, part in zip(range(0, s, CHUNK), fine_NCHW.split(CHUNK), strict=True):
         pixels = Pixels(fine=part.float(), coarse=part).full()
         structures, lesion = model.heads["segment"].logits(queries, pixels)
-        parts.append(torch.cat([structures, lesion[:, None]], 1).transpose(0, 1).half())
-    return torch.cat(parts, 1)
+        found[:-1, first : first + CHUNK] = structures.transpose(0, 1)
+        found[-1, first : first + CHUNK] = lesion
+    return found
 
 
 def answer_labels(model: OmniMRI, seen: Examination, own: dict[int, Tensor]) -> Tensor:
@@ -317,26 +326,26 @@ def _query_states(
 
 def _decode(model: OmniMRI, example: Example, detect_state: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Pixel features of every slice, (S, 4 C, H/2, W/2) half precision, and detection maps (S, 7, h, w)."""
-    positions = example.positions_mm
-    reach = 2.5 * model.heads["pixels"].depth.reach_mm
-    fine, heat = [], []
-    for part in _chunks(len(positions)):
+    decoder, device = model.heads["pixels"], example.images.device
+    fast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast_bf16(device))  # as in training
+    waiting, mixed, fine, heat = [], [], [], []
+    for part in torch.arange(len(example.positions_mm)).split(4 * CHUNK):
         check()
-        near = torch.nonzero((positions >= positions[part[0]] - reach) & (positions <= positions[part[-1]] + reach))
-        near = near.flatten()
-        images = example.images[None, near]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=fast_bf16(images.device)):  # as in training
-            patches = model.encode(images, positions[None, near], example.plane[None])
-            pixels = model.pixels(images, patches, positions[None, near])
-        inside = (near >= part[0]) & (near <= part[-1])
-        fine.append(pixels.fine[inside].half())
-        heat.append(model.heads["detect"](detect_state, pixels.coarse.float())[0, inside])
+        images, positions = example.images[None, part], example.positions_mm[None, part]
+        with fast():
+            levels, x = decoder.below(images[0], model.encode(images, positions, example.plane[None]))
+        waiting.append(levels)
+        mixed.append(x)
+    with fast():
+        through = decoder.depth(torch.cat(mixed), example.positions_mm[None])
+    for levels, x in zip(waiting, through.split([len(x) for x in mixed]), strict=True):
+        check()
+        with fast():
+            pixels = decoder.above(levels, x)
+        levels.clear()
+        fine.append(pixels.fine.half())
+        heat.append(model.heads["detect"](detect_state, pixels.coarse.float())[0])
     return torch.cat(fine), torch.cat(heat)
-
-
-def _chunks(total: int, size: int = 4 * CHUNK) -> Iterator[range]:
-    for first in range(0, total, size):
-        yield range(first, min(total, first + size))
 
 
 def _on_lattice(grid: Grid, labels: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,13 +200,19 @@ class Grid:
                 weights[a] = weights[a][slice(*box[self.axes[a]])]
         layers = values.movedim([across + 1, first + 1, second + 1], [1, 2, 3])
         reach = (weights[first].sum(1) > 0)[:, None] & (weights[second].sum(1) > 0)[None]
+        upper = (weights[first] > 0).int().argmax(1)
+        lower = (upper + 1).clamp(max=self.size[first] - 1)
+        share = weights[first].gather(1, lower[:, None])
 
         def section(index: int) -> tuple[Tensor, Tensor] | None:
             used = torch.nonzero(weights[across][index]).flatten()
             if len(used) == 0:
                 return None
-            mixed = torch.einsum("s,ksab->kab", weights[across][index, used], layers[:, used].float())
-            return weights[first] @ mixed @ weights[second].T, reach
+            mixed = layers[:, used[0]].float()
+            if len(used) > 1:
+                mixed = torch.lerp(mixed, layers[:, used[1]].float(), weights[across][index, used[1]])
+            rows = torch.lerp(mixed.index_select(1, upper), mixed.index_select(1, lower), share)  # a row has two weights
+            return rows @ weights[second].T, reach
 
         return section
 

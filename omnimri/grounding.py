@@ -29,22 +29,22 @@ def pool_evidence(features: Tensor, classes: Tensor, lesions: Tensor, positions_
     b, s, h, w = classes.shape
     n = LESION_CLASS + MAX_LESION_EVIDENCE
     device = features.device
-    one_hot = torch.zeros(b, n, s * h * w, device=device, dtype=torch.float32)
-    index = classes.long().flatten(1)[:, None]
-    one_hot.scatter_(1, torch.where(index > len(NAMES), 0, index), 1.0)
-    one_hot[:, 0] = 0
-    ranks = lesions.flatten(1)
-    for r in range(MAX_LESION_EVIDENCE):
-        one_hot[:, LESION_CLASS + r] = (ranks == r + 1).float()
-    count = one_hot.sum(-1)
-    weight = one_hot / count.clamp(min=1)[..., None]
-    pooled = torch.einsum("bnsp,bscp->bnc", weight.view(b, n, s, h * w), features.float().view(b, s, -1, h * w))
     y, x = torch.meshgrid(torch.linspace(-1, 1, h, device=device), torch.linspace(-1, 1, w, device=device), indexing="ij")
-    z = (positions_mm.to(device) / 100)[:, :, None, None].expand(b, s, h, w)
-    place = torch.stack([z, y.expand(b, s, h, w), x.expand(b, s, h, w), (x**2 + y**2).expand(b, s, h, w)], -1).flatten(1, 3)
-    where = torch.einsum("bnp,bpk->bnk", weight, place)
-    spread = (where[..., 3] - where[..., 1] ** 2 - where[..., 2] ** 2).clamp(min=0).sqrt()
+    place = torch.stack([y, x, x**2 + y**2, torch.ones_like(x)]).flatten(1).expand(b, 4, h * w)
+    ranks = torch.arange(1, MAX_LESION_EVIDENCE + 1, device=device)[:, None]
+    index = torch.where(classes > len(NAMES), 0, classes).long().flatten(2)
+    features = features.view(b, s, -1, h * w)
+    found = []
+    for k in range(s):  # a slice at a time: of a whole head the masks of all classes would be half a gigabyte
+        one_hot = torch.zeros(b, n, h * w, device=device).scatter_(1, index[:, k, None], 1.0)
+        one_hot[:, 0] = 0
+        one_hot[:, LESION_CLASS:] = (lesions[:, k].reshape(b, 1, -1) == ranks).float()
+        found.append(torch.einsum("bnp,bcp->bnc", one_hot, torch.cat([features[:, k].float(), place], 1)))
+    sums = torch.stack(found, 1)
+    count = sums[..., -1].sum(1)
+    sums[..., -1] *= (positions_mm.to(device) / 100)[..., None]
+    mean = sums.sum(1) / count.clamp(min=1)[..., None]
+    row, column, square, z = mean[..., -4:].unbind(-1)
+    spread = (square - row**2 - column**2).clamp(min=0).sqrt()
     share = torch.log10(count / (s * h * w) + 1e-6) / 6
-    return torch.cat(
-        [pooled, (count > 0).float()[..., None], share[..., None], where[..., :3], spread[..., None]], -1
-    )
+    return torch.cat([mean[..., :-4], torch.stack([(count > 0).float(), share, z, row, column, spread], -1)], -1)

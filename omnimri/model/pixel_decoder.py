@@ -104,6 +104,11 @@ class PixelDecoder(nn.Module):
 
     def forward(self, images_NCHW: Tensor, patches_NPD: Tensor, positions_mm: Tensor) -> Pixels:
         """(N, 3, H, W), (N, P, D), (B, S) with N = B S -> Pixels."""
+        levels, x = self.below(images_NCHW, patches_NPD)
+        return self.above(levels, self.depth(x, positions_mm))
+
+    def below(self, images_NCHW: Tensor, patches_NPD: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Every slice by itself until `depth` mixes slices: the levels above that wait, and what is to be mixed."""
         n, p, _ = patches_NPD.shape
         side = round(p**0.5)
         x = images_NCHW.contiguous(memory_format=torch.channels_last)
@@ -111,17 +116,22 @@ class PixelDecoder(nn.Module):
         for down in self.down:
             x = down(x)
             levels.append(x)
-        coarse = x = self.extra[-1](x)
-        for k in reversed(range(len(self.mix))):
+        x = self.extra[-1](x)
+        for k in reversed(range(DEPTH_AT, len(self.mix))):
+            x = self.extra[k + 1](self.mix[k + 1](x)) if k + 1 < len(self.mix) else x
             x = levels[k] + F.pixel_shuffle(self.lift[k](x), 2)
             if k == PATCHES_AT:
                 patches = self.patches(patches_NPD).transpose(1, 2).reshape(n, -1, side, side)
                 if patches.shape[-2:] != x.shape[-2:]:
                     patches = F.interpolate(patches, size=x.shape[-2:], mode="bilinear", align_corners=False)
                 x = x + patches
-            if k == DEPTH_AT:
-                x = self.depth(x, positions_mm)
-            x = self.extra[k](self.mix[k](x))
+        return levels[:DEPTH_AT], x
+
+    def above(self, levels: list[Tensor], mixed_NCHW: Tensor) -> Pixels:
+        """Up to stride 2, every slice by itself again."""
+        x = coarse = self.extra[DEPTH_AT](self.mix[DEPTH_AT](mixed_NCHW))
+        for k in reversed(range(DEPTH_AT)):
+            x = self.extra[k](self.mix[k](levels[k] + F.pixel_shuffle(self.lift[k](x), 2)))
             if k == 1:
                 coarse = x
         return Pixels(fine=self.fine(x), coarse=coarse)
