@@ -49,30 +49,23 @@ def vary(record: Record, g: torch.Generator) -> Record:
     return replace(record, images=images + noise, spacing_mm=(slice_mm, row_mm * zoom, column_mm * zoom), **masks)
 
 
-def closed(record: Record, g: torch.Generator) -> Record:
-    """The same study with narrower ventricles, or sulci, or both: fluid near tissue looks like the tissue beside it and carries its label,
-    as in the young and beside masses. Label maps, most of them of the elderly, have ventricles and sulci that are wide open.
-
-    Raises:
-        ValueError: the record has no labels.
+def closed(images: torch.Tensor, labels: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (S, H, W) and labels (S, H, W) of the same head with narrower ventricles, or sulci, or both: fluid near tissue looks like the
+    tissue beside it and carries its label, as in the young and beside masses. Label maps, most of them of the elderly, have ventricles and
+    sulci that are wide open.
     """
-    if record.labels is None:
-        raise ValueError("expected a record with labels of structures, got one without: fluid cannot be told from tissue")
-    images, labels = record.images.numpy().copy(), record.labels.numpy().copy()
-    fluid = np.isin(labels, VENTRICLES + OTHER_FLUID)
-    tissue = (labels > 0) & ~fluid
-    for which, likely in ((VENTRICLES, 0.7), (OTHER_FLUID, 0.7)):
-        reach = pick(g, (1, 2, 3, 4, 5, 6)) if uniform(g, 0, 1) < likely else 0
-        for k in range(len(labels)) if reach else ():
-            here = np.isin(labels[k], which)
+    image, label = images.numpy().copy(), labels.numpy().copy()
+    tissue = (label > 0) & ~np.isin(label, VENTRICLES + OTHER_FLUID)
+    for which in (VENTRICLES, OTHER_FLUID):
+        reach = pick(g, (0, 1, 2, 3, 4, 5))
+        for k in range(len(label)) if reach else ():
+            here = np.isin(label[k], which)
             rim = ndimage.binary_dilation(here, iterations=2) & tissue[k]  # it holds some fluid too
             pure = tissue[k] & ~rim
-            if not pure.any():
+            if not here.any() or not pure.any():
                 continue
             away, (row, column) = ndimage.distance_transform_edt(~pure, return_indices=True)
             taken = (here & (away <= reach + 2)) | (rim & (away <= 2))
-            filled = images[k][:, row, column]
-            filled = np.stack([ndimage.uniform_filter(x, 3) for x in filled])
-            images[k] = np.where(taken, filled, images[k])
-            labels[k] = np.where(taken & here, labels[k][row, column], labels[k])
-    return replace(record, images=torch.from_numpy(images), labels=torch.from_numpy(labels))
+            image[k] = np.where(taken, ndimage.uniform_filter(image[k][row, column], 3), image[k])
+            label[k] = np.where(taken & here, label[k][row, column], label[k])
+    return torch.from_numpy(image), torch.from_numpy(label)

@@ -132,20 +132,20 @@ def examine(
     queries = model.heads["segment"].queries(states["<segment>"][None])
     fine, heat = _decode(model, example, states["<detect>"], check)
     score = scope_score(model, shown, queries, fine)
-    views, images = [View(grid, fine, queries)], [example.images[:, 1]]
+    views = [View(grid, fine, queries)]
     for plane in more_planes(volume, grid.plane) if score <= 1.0 else ():
         other = Grid.fit(plain, size=model.config.image_size, plane=plane, slice_spacing_mm=MORE_SPACING_MM)
         turned, seen_there, _ = _look(model, tokenizer, plain, other)
         asked = _query_states(model, tokenizer, plane, seen_there, len(turned.chosen))
         turned_fine, _ = _decode(model, turned, asked["<detect>"], check)
         views.append(View(other, turned_fine, model.heads["segment"].queries(asked["<segment>"][None])))
-        images.append(turned.images[:, 1])
-    logits, profiles = [], []
-    for view, image in zip(views, images, strict=True):
+    logits = []
+    for view in views:
         check()
         logits.append((structure_logits(model, view.queries, view.fine), view.grid))
-        own = logits[-1][0][..., ::2, ::2]  # each plane's own masks, as in training
-        profiles.append(signal_profile(image[..., ::2, ::2], own[:-1].max(0).indices, (own[-1] > 0).long()))
+    own = logits[0][0][..., ::2, ::2]  # of the acquisition plane alone, as its thresholds were chosen: others are interpolated
+    profile = signal_profile(example.images[:, 1, ::2, ::2], own[:-1].max(0).indices, (own[-1] > 0).long())
+    del own
     segment = Segment()
     check()
     labels = segment.read(*((x[:-1], g) for x, g in logits))
@@ -177,7 +177,7 @@ def examine(
     evidence = _evidence(model, example, fine, classes, seen_ranks, len(lesions))
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
     source, sequence = "header", volume.sequence
-    looks_like = named_sequence(model, *profiles) if score <= 1.0 and signal else "other"
+    looks_like = named_sequence(model, profile) if score <= 1.0 and signal else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
         notes += (LOOKS_ALIKE,) if looks_like == "FLAIR" else ()
@@ -206,7 +206,7 @@ def examine(
         lesions=lesions,
         scope_score=score,
         notes=notes,
-        likely=tuple(likely_sequences(model, *profiles)),
+        likely=tuple(likely_sequences(model, profile)),
     )
 
 
@@ -289,20 +289,19 @@ def _look(
     return example, model.look(shown, torch.arange(len(chosen))[None]), shown
 
 
-def named_sequence(model: OmniMRI, *profiles: Tensor) -> str:
+def named_sequence(model: OmniMRI, profile: Tensor) -> str:
     """The sequence that may be named from the image, or `other`: by its threshold of the release, never without one."""
     limits = getattr(model.config, "sequence_thresholds", {})
-    return next((s for s, share in likely_sequences(model, *profiles) if share >= limits.get(s, 2.0)), "other")
+    return next((s for s, share in likely_sequences(model, profile) if share >= limits.get(s, 2.0)), "other")
 
 
-def likely_sequences(model: OmniMRI, *profiles: Tensor) -> list[tuple[str, float]]:
-    """The likeliest sequence by how bright masks are (`measure.signal_profile`) with its probability, then what may be said in its stead:
-    the mean over the planes that were looked at.
+def likely_sequences(model: OmniMRI, profile: Tensor) -> list[tuple[str, float]]:
+    """The likeliest sequence by how bright masks are (`measure.signal_profile`) with its probability, then what may be said in its stead.
 
     With or without contrast agent it is T1-weighted; that agent was given is said only where it is likelier than not, with its own
     probability, and T1-weighted in its stead.
     """
-    share = dict(zip(SEQUENCES, model.heads["sequence"](torch.stack(profiles)).float().softmax(1).mean(0).tolist(), strict=True))
+    share = dict(zip(SEQUENCES, model.heads["sequence"](profile[None]).float().softmax(1)[0].tolist(), strict=True))
     enhanced = share.pop("T1w-Gd")
     plain, share["T1w"] = share["T1w"], share["T1w"] + enhanced
     best = max(share, key=lambda s: share[s])

@@ -78,9 +78,14 @@ class Seen:
     classes: torch.Tensor
     """(S, H/2, W/2) structure classes there."""
 
-    def profile(self, slices: slice = slice(None)) -> torch.Tensor:
+    @property
+    def sick(self) -> torch.Tensor:
+        """(S, H/2, W/2) bool, where a lesion is likelier than not."""
+        return self.lesion > 0.5
+
+    def profile(self) -> torch.Tensor:
         """How bright those masks are, in numbers (`omnimri.measure.signal_profile`)."""
-        return signal_profile(self.image[slices], self.classes[slices], (self.lesion[slices] > 0.5).long())
+        return signal_profile(self.image, self.classes, self.sick.long())
 
 
 def mean_of(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -271,11 +276,11 @@ def read_sequence(model: Any, tokenizer: Any, training: Any, held_out: Any, *, c
     that were not.
     """
     look = partial(see, model, tokenizer)
-    learn_sequence(model, look, partial(drawn, training, 104), count, seed=104)
+    learn_sequence(model, look, studies(partial(drawn, training, 104), count), seed=104)
     head = model.heads["sequence"]
     head.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in head.state_dict().items()})
     with torch.inference_mode():
-        told = [(r.sequence, look(r).profile()) for r in studies(partial(drawn, held_out, 105), max(1, count // 2), seed=105)]
+        told = [(r.sequence, look(r).profile()) for r in studies(partial(drawn, held_out, 105), max(1, count // 2))]
     found = sequence_thresholds(model, told) | {"learnt_from": count}
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in found["thresholds"].items()}
     return found

@@ -45,17 +45,19 @@ class EvidenceEncoder(nn.Module):
 
 
 class SequenceHead(nn.Module):
-    """How bright masks are (`measure.signal_profile`) -> which sequence it is."""
+    """How bright masks are (`measure.signal_profile`) -> which sequence it is: a few small networks, whose probabilities are averaged,
+    because one of them hangs too much on how it began.
+    """
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, members: int = 4) -> None:
         super().__init__()
         sizes = (PROFILE_SIZE, width, width // 2)
-        self.layers = nn.Sequential(*(part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.GELU(), nn.Dropout(0.1))))
-        self.out = nn.Linear(sizes[-1], len(SEQUENCES))
+        hidden = [[part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.GELU(), nn.Dropout(0.2))] for _ in range(members)]
+        self.members = nn.ModuleList(nn.Sequential(*parts, nn.Linear(sizes[-1], len(SEQUENCES))) for parts in hidden)
 
     def forward(self, profile_BP: Tensor) -> Tensor:
         """(B, PROFILE_SIZE) -> logits (B, len(SEQUENCES))."""
-        return self.out(self.layers(profile_BP))
+        return torch.stack([member(profile_BP).float().log_softmax(1) for member in self.members]).logsumexp(0)
 
 
 class ContrastHead(nn.Module):
