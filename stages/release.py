@@ -281,7 +281,7 @@ def read_sequence(model: Any, tokenizer: Any, training: Any, held_out: Any, *, c
     head.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in head.state_dict().items()})
     with torch.inference_mode():
         told = [(r.sequence, look(r).profile()) for r in studies(partial(drawn, held_out, 105), max(1, count // 2))]
-    found = sequence_thresholds(model, told) | {"learnt_from": count}
+        found = sequence_thresholds(model, told) | {"learnt_from": count}
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in found["thresholds"].items()}
     return found
 

@@ -135,7 +135,7 @@ def test_a_fitted_head_tells_what_its_profiles_tell_and_needs_no_scale():
     assert float((head(profiles[500:]).argmax(1) == classes[500:]).float().mean()) > 0.8
 
 
-def test_a_head_learns_from_what_the_model_makes_of_studies():
+def test_a_head_learns_from_what_the_model_makes_of_studies(monkeypatch):
     """A look in which white matter is 1 and cortex as bright as the sequence has a number."""
 
     def look(record):
@@ -144,6 +144,7 @@ def test_a_head_learns_from_what_the_model_makes_of_studies():
         image[cortex] = 0.1 * 2.2 ** SEQUENCES.index(record.sequence)
         return SimpleNamespace(image=image, classes=classes.int(), sick=lesions > 0)
 
+    monkeypatch.setattr("stages.sequence.EPOCHS", 60)  # of so few studies
     recipe = Phantom(image_size=32, num_slices=2, kspace_size=0)
     model = SimpleNamespace(heads={"sequence": SequenceHead()})
     records = list(studies(partial(drawn, recipe, 7), 40))
