@@ -30,8 +30,8 @@ NOISE, DROPPED, SMOOTHING = 0.1, 0.1, 0.02
 """Of the standardised numbers: noise added, share set to their mean; and smoothing of the classes."""
 LEAST_PRECISION, LEAST_PRECISION_AGENT = 0.8, 0.9
 """Smallest share of the held-out studies that get a sequence's name in which it is right; of T1w-Gd, which tells what was given."""
-LEAST_NAMED = 6
-"""Fewest held-out studies that a name's threshold may rest on."""
+LEAST_NAMED, LEAST_NAMED_AGENT = 6, 30
+"""Fewest held-out studies that a name's threshold may rest on; of T1w-Gd."""
 
 
 class Studies(Dataset[Record]):
@@ -174,8 +174,9 @@ def sequence_thresholds(model: Any, told_of: list[tuple[str, Tensor]]) -> dict[s
         if sequence == "T1w":
             told[sequence] += [(plain, ok) for share, plain, ok in instead if share < found.get("T1w-Gd", {}).get("threshold", 2.0)]
         named = sorted(told[sequence], reverse=True)
-        least = LEAST_PRECISION_AGENT if sequence == "T1w-Gd" else LEAST_PRECISION
-        for k in range(LEAST_NAMED, len(named) + 1):
+        agent = sequence == "T1w-Gd"
+        least, fewest = (LEAST_PRECISION_AGENT, LEAST_NAMED_AGENT) if agent else (LEAST_PRECISION, LEAST_NAMED)
+        for k in range(fewest, len(named) + 1):
             good = sum(ok for _, ok in named[:k])
             # Studies of equal probability stand or fall together.
             if good >= least * k and (k == len(named) or named[k][0] < named[k - 1][0]) and sequence != "other":
