@@ -101,7 +101,7 @@ def simulate(maps: Path, numbers: range) -> dict[str, dict[str, list[float]]]:
 
 def measure_realism(assistant: Assistant, maps: Path, validation: Sequence[Path], *, count: int = 2500) -> dict[str, Any]:
     """Ranges of simulated studies and where real scans lie in them; what the assistant's head of sequences, a small classifier that has
-    seen simulations alone, takes real scans for when it must choose.
+    seen simulations alone, takes real scans for, without a threshold.
 
     Regions of a real scan are drawn labels where there are any, else this assistant's own masks.
     """
@@ -114,7 +114,7 @@ def measure_realism(assistant: Assistant, maps: Path, validation: Sequence[Path]
     inside = total = named = family = 0
     for case in cases:
         seen = assistant.examine(replace(case.study.primary, sequence="unknown"))
-        labels = case.truth if case.truth is not None else seen.labels.numpy()
+        labels = case.truth if case.truth is not None else seen.labels.masked_fill(seen.lesion_ranks > 0, 0).numpy()
         told: dict[str, Any] = {"sequence": case.sequence}
         for k, v in contrasts(seen.volume.voxels[0].numpy(), labels).items():
             low, high = np.percentile(ranges[case.sequence][k], [1, 99])
@@ -155,7 +155,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | {told['sequence']} | {told['likeliest']} {told['probability']} | {' | '.join(cells)} |")
     found = (
         f"Inside: {results['inside']}. Taken for what they are by a classifier that saw simulations alone, the model's head of sequences, "
-        f"where it must choose: {results['named right']}; T1-weighted with and without contrast agent as one: "
+        f"without a threshold: {results['named right']}; T1-weighted with and without contrast agent as one: "
         f"{results['named right but for contrast agent']}."
     )
     return "\n".join([*lines, "", found, ""])
