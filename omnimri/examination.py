@@ -31,6 +31,8 @@ CHUNK = 8
 """Slices decoded at a time."""
 LOOKS_ALIKE = "FLAIR was read off the brightness of tissue and fluid; a diffusion-weighted image can look the same"
 """Said where no header tells the sequence."""
+SURE = 0.9
+"""Probability of a sequence from which on a header that says another is doubted."""
 MORE_SPACING_MM = 2.0
 """Distance of slices in the planes that a volume is looked at besides its own."""
 SAME_QUERY = 0.1
@@ -177,11 +179,12 @@ def examine(
     evidence = _evidence(model, example, fine, classes, seen_ranks, len(lesions))
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
     source, sequence = "header", volume.sequence
+    likely = tuple(likely_sequences(model, profile))
     looks_like = named_sequence(model, profile) if score <= 1.0 and signal else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
         notes += (LOOKS_ALIKE,) if looks_like == "FLAIR" else ()
-    elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd"):
+    elif "other" not in (sequence, looks_like) and looks_like.removesuffix("-Gd") != sequence.removesuffix("-Gd") and likely[-1][1] > SURE:
         notes += (f"the header says {SEQUENCE_WORDS[sequence]}, the image looks {SEQUENCE_WORDS[looks_like]}: the header is believed",)
     record = Record(
         images=example.images,
@@ -206,7 +209,7 @@ def examine(
         lesions=lesions,
         scope_score=score,
         notes=notes,
-        likely=tuple(likely_sequences(model, profile)),
+        likely=likely,
     )
 
 

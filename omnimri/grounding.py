@@ -39,12 +39,13 @@ def pool_evidence(features: Tensor, classes: Tensor, lesions: Tensor, positions_
         one_hot = torch.zeros(b, n, h * w, device=device).scatter_(1, index[:, k, None], 1.0)
         one_hot[:, 0] = 0
         one_hot[:, LESION_CLASS:] = (lesions[:, k].reshape(b, 1, -1) == ranks).float()
-        found.append(torch.einsum("bnp,bcp->bnc", one_hot, torch.cat([features[:, k].float(), place], 1)))
+        with torch.autocast(device.type, enabled=False):  # counts are whole numbers
+            found.append(torch.einsum("bnp,bcp->bnc", one_hot, torch.cat([features[:, k].float(), place], 1)))
     sums = torch.stack(found, 1)
     count = sums[..., -1].sum(1)
     sums[..., -1] *= (positions_mm.to(device) / 100)[..., None]
     mean = sums.sum(1) / count.clamp(min=1)[..., None]
-    row, column, square, z = mean[..., -4:].unbind(-1)
+    row, column, square, z = mean[..., -4:].detach().unbind(-1)
     spread = (square - row**2 - column**2).clamp(min=0).sqrt()
     share = torch.log10(count / (s * h * w) + 1e-6) / 6
     return torch.cat([mean[..., :-4], torch.stack([(count > 0).float(), share, z, row, column, spread], -1)], -1)

@@ -271,13 +271,14 @@ def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
 
     Of each structure with sides merged the logarithm of its median, its spread, and whether it is there; quantiles of the ventricles and of
     other fluid, whose masks spill over into tissue where fluid is scarce, and whether they are there; the median of lesions, and whether
-    they are there; quantiles of the brain and of what is none. What lies within four pixels of a lesion does not count, nor what lies on
-    the side of the brain that has more of it: oedema and mass effect change tissue and masks there.
+    they are there; quantiles of the brain and of what is none. Tissue within four pixels of a lesion does not count, nor tissue of the
+    side of the brain that has more of it: oedema and mass effect change tissue and masks there. Fluid counts on both sides. Of many slices
+    every second or so is taken.
 
     Args:
         image: (S, H, W) normalised intensities (`example.normalise`).
         classes: (S, H, W) structure classes.
-        lesions: (S, H, W) lesion ranks from 1; 0 elsewhere, 255 where unknown.
+        lesions: (S, H, W) lesion ranks from 1; 0 elsewhere.
     """
     image, classes, lesions = (x[:: max(1, len(image) // _MOST_SLICES)] for x in (image, classes, lesions))
     classes, ill = classes.int(), lesions > 0

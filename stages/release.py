@@ -21,6 +21,7 @@ import torch
 from data_recipes import Phantom, Synthetic
 from data_recipes.phantom import record_volume
 from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
+from eval.suite import commit
 from omnimri.anatomy import PLANES
 from omnimri.checkpoint import load_model, resolve, save_model
 from omnimri.conversation import card, query_messages, render
@@ -48,6 +49,8 @@ LEAST_FURTHER_PRECISION = 0.9
 LEAST_NORMAL = 10
 """Fewest normal held-out heads that the rule of lesions may rest on."""
 LEAST_LESION_ML = 0.1
+LEARNT_SEED, CHOSEN_SEED = 104, 105
+"""Of the studies that the head of sequences is fitted to, and of those that its thresholds are chosen on."""
 HEAD_SLICES = 24
 """Slices of a whole head for the rule of lesions."""
 
@@ -276,12 +279,12 @@ def read_sequence(model: Any, tokenizer: Any, training: Any, held_out: Any, *, c
     that were not.
     """
     look = partial(see, model, tokenizer)
-    learn_sequence(model, look, studies(partial(drawn, training, 104), count), seed=104)
+    learn_sequence(model, look, studies(partial(drawn, training, LEARNT_SEED), count), seed=LEARNT_SEED)
     head = model.heads["sequence"]
     head.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in head.state_dict().items()})
     with torch.inference_mode():
-        told = [(r.sequence, look(r).profile()) for r in studies(partial(drawn, held_out, 105), max(1, count // 2))]
-        found = sequence_thresholds(model, told) | {"learnt_from": count}
+        told = [(r.sequence, look(r).profile()) for r in studies(partial(drawn, held_out, CHOSEN_SEED), max(1, count // 2))]
+        found = sequence_thresholds(model, told)
     model.config.sequence_thresholds = {k: v["threshold"] for k, v in found["thresholds"].items()}
     return found
 
@@ -328,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
             told = calibrate(model, tokenizer, training, held_out, count=args.count, heads=args.heads)
         if args.profiles:
             told = told | {"sequence": read_sequence(model, tokenizer, training, held_out, count=args.profiles)}
+            provenance |= {"sequence_head": {"studies": args.profiles, "seeds": [LEARNT_SEED, CHOSEN_SEED], "commit": commit()}}
             rounded |= {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k.startswith("heads.sequence.")}
         rounded |= {k: getattr(model, k).to(torch.bfloat16) for k in ("scope_mean", "scope_whiten", "scope_limit")}
         for tied in model._tied_weights_keys:

@@ -211,9 +211,12 @@ def test_a_question_may_name_its_series(capsys, scan, tmp_path):
     assert any("(FLAIR) of 2 series" in w for w in second["warnings"])
 
 
-@pytest.mark.parametrize(("looks", "told"), [("T2w", True), ("T1w", False), ("other", False)])
-def test_a_header_that_the_image_contradicts_is_told(capsys, head, tmp_path, monkeypatch, looks, told):
+@pytest.mark.parametrize(
+    ("looks", "sure", "told"), [("T2w", 0.95, True), ("T2w", 0.8, False), ("T1w", 0.95, False), ("other", 0.95, False)]
+)
+def test_a_header_that_the_image_contradicts_is_told(capsys, head, tmp_path, monkeypatch, looks, sure, told):
     monkeypatch.setattr("omnimri.examination.named_sequence", lambda *_: looks)
+    monkeypatch.setattr("omnimri.examination.likely_sequences", lambda *_: [(looks, sure)])
     folder = write_dicom(head, tmp_path / "d", header={"RepetitionTime": 500, "EchoTime": 12})
     answer = json.loads(run(capsys, "ask", folder, "What sequence is this?", "--json")[1])
     assert answer["study"]["sequence"] == "T1w"

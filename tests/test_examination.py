@@ -15,7 +15,8 @@ from omnimri.anatomy import SEQUENCES
 from omnimri.assistant import Assistant
 from omnimri.cli import write_answer
 from omnimri.examination import examine, more_planes, named_sequence, scope_score
-from omnimri.example import language_slices
+from omnimri.example import LESION_CLASS, language_slices
+from omnimri.grounding import pool_evidence
 from omnimri.lesions import LesionRule, lesion_ranks
 from omnimri.tasks import Segment
 from omnimri.volume import Volume
@@ -185,3 +186,46 @@ def test_a_file_without_orientation_has_no_sides(checkpoint, scan_file, monkeypa
     numbers = np.unique(nibabel.load(tmp_path / "findings.nii.gz").dataobj)
     assert {f["number"] for f in json.loads((tmp_path / "answer.json").read_text())["findings"]} == {*numbers.tolist()} - {0}
     assert answer.to_json()["findings"][0]["label"] is None
+
+
+def test_slices_decoded_in_parts_are_those_of_the_whole(checkpoint, monkeypatch):
+    """In parts of eight, whose neighbours lie in the parts beside them, as in one."""
+    from omnimri import examination
+
+    made = Assistant(checkpoint)
+    voxels = torch.rand(1, 72, 72, 40, generator=torch.Generator().manual_seed(0))
+    volume = Volume(voxels, torch.diag(torch.tensor([1.5, 1.5, 2.0, 1]).double()))
+    with torch.no_grad():
+        for parameter in made.model.heads["pixels"].depth.out.parameters():
+            parameter.normal_(0, 0.1)  # an untrained one mixes nothing
+    found = []
+    for chunk in (2, 100):
+        monkeypatch.setattr(examination, "CHUNK", chunk)
+        view = examine(made.model, made.tokenizer, volume, rule=LesionRule()).views[0]
+        found.append(view.fine)
+    assert len(found[0]) == 40
+    assert float((found[0].float() - found[1].float()).abs().max()) < 0.01 * float(found[1].float().abs().max())
+
+
+def test_evidence_is_the_mean_over_each_mask():
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(2 * 3, 4, 8, 8, generator=g, requires_grad=True)
+    classes = torch.randint(0, 6, (2, 3, 8, 8), generator=g)
+    classes[0, 0, 0, 0] = 255
+    lesions = torch.randint(0, 3, (2, 3, 8, 8), generator=g)
+    positions = torch.tensor([[0.0, 5.0, 10.0], [-4.0, 0.0, 7.0]])
+    pooled = pool_evidence(features, classes, lesions, positions)
+    by_study = features.view(2, 3, 4, 8, 8).transpose(1, 2)
+    for b in range(2):
+        for k, where in [*((k, classes[b] == k) for k in range(1, 6)), *((LESION_CLASS + r - 1, lesions[b] == r) for r in (1, 2))]:
+            row = pooled[b, k]
+            assert torch.allclose(row[:4], by_study[b][:, where].mean(1), atol=1e-5)
+            assert float(row[4]) == 1.0
+            assert float(row[5]) == pytest.approx(float(torch.log10(where.float().mean() + 1e-6)) / 6, abs=1e-5)
+            s, y, x = (v.float() for v in torch.nonzero(where).T)
+            assert row[6:9].tolist() == pytest.approx(
+                [float(positions[b][s.long()].mean()) / 100, float(y.mean()) / 3.5 - 1, float(x.mean()) / 3.5 - 1], abs=1e-5
+            )
+    assert not pooled[:, 7:LESION_CLASS, 4].any()  # what no mask has
+    pooled[..., :4].sum().backward()
+    assert bool(torch.isfinite(features.grad).all())

@@ -36,17 +36,25 @@ def brain(fluid: float = 0.1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return image, classes, torch.zeros(2, 64, 64, dtype=torch.long)
 
 
-def test_a_lesion_and_its_side_do_not_change_what_tissue_looks_like():
+TISSUE = 3 * len({n.removeprefix("left ").removeprefix("right ") for n in NAMES})
+"""Numbers of structures in a profile; those of fluid and of lesions follow."""
+
+
+@pytest.mark.parametrize("sides", [("left",), ("right",), ("left", "right")])
+def test_a_lesion_its_rim_and_its_side_do_not_change_what_tissue_looks_like(sides):
+    """Of one side all white matter is changed, far from the lesion too; of both what lies within four pixels of lesions of one size."""
     image, classes, lesions = brain()
     plain = signal_profile(image, classes, lesions)
-    lesions[:, 38:50, 8:28] = 1
-    image[:, 36:54, 4:30] = 2.5  # it reaches further than its mask, into most white matter of the left side
+    for side in sides:
+        first = 14 if side == "left" else 42
+        lesions[:, 42:50, first : first + 8] = 1
+        image[:, 39:53, first - 3 : first + 11] = 2.5
+        if len(sides) == 1:
+            image[classes == CLASS[f"{side} cerebral white matter"]] = 2.5
     sick = signal_profile(image, classes, lesions)
     assert plain.shape == sick.shape == (PROFILE_SIZE,)
-    changed = (plain - sick).abs() > 0.02
-    tissue = 3 * len({n.removeprefix("left ").removeprefix("right ") for n in NAMES})
-    assert not changed[:tissue].any()  # every structure's median, spread and presence
-    lesion = slice(tissue + 14, tissue + 16)  # after seven numbers each of ventricles and of other fluid
+    assert float((plain - sick)[:TISSUE].abs().max()) < 0.02  # every structure's median, spread and presence
+    lesion = slice(TISSUE + 14, TISSUE + 16)  # after seven numbers each of ventricles and of other fluid
     assert plain[lesion].tolist() == [0.0, 0.0]
     assert sick[lesion].tolist() == pytest.approx([math.log(2.55 / 1.05), 1.0], abs=0.01)
 
@@ -125,7 +133,9 @@ def test_a_fitted_head_tells_what_its_profiles_tell_and_needs_no_scale():
     g = torch.Generator().manual_seed(0)
     classes = torch.randint(len(SEQUENCES), (600,), generator=g)
     profiles = torch.randn(600, PROFILE_SIZE, generator=g)
-    profiles[:, :6] = 40 + 4.0 * F.one_hot(classes, 6)  # far from 0, as a scale that is not folded in would show
+    profiles[:, :6] += 4.0 * F.one_hot(classes, 6)
+    profiles *= torch.tensor([30.0, 0.2]).repeat(PROFILE_SIZE // 2)
+    profiles += 40.0  # far from 0, and of other scales: both are folded into the weights
     head = SequenceHead()
     fit_head(head, profiles[:500], classes[:500])
     again = SequenceHead()
@@ -172,13 +182,15 @@ def test_a_threshold_keeps_four_in_five_right_and_nine_in_ten_where_an_agent_was
     assert found["named_right"] == best["right"]
     assert "other" not in found["thresholds"]
 
-    agent = [[0.01] * len(SEQUENCES) for _ in range(20)]
+    agent = [[0.01] * len(SEQUENCES) for _ in range(60)]
     for k, row in enumerate(agent):
-        row[SEQUENCES.index("T1w-Gd")] = 0.95 - 0.02 * k
-    told = [("T1w-Gd" if k % 6 else "T1w", torch.tensor([float(k)])) for k in range(20)]  # 0.83 right
-    thresholds = sequence_thresholds(model_of(agent), told)["thresholds"]
-    assert "T1w-Gd" not in thresholds  # which tells what a patient was given
-    assert thresholds["T1w"]["right"] == 20
+        row[SEQUENCES.index("T1w-Gd")] = 0.95 - 0.01 * k
+    for every, number, named in ((6, 60, False), (20, 60, True), (100, 20, False)):  # 0.83 right, 0.95, and all of too few
+        told = [("T1w-Gd" if k % every != 1 else "T1w", torch.tensor([float(k)])) for k in range(number)]
+        thresholds = sequence_thresholds(model_of(agent), told)["thresholds"]
+        assert ("T1w-Gd" in thresholds) == named  # which tells what a patient was given
+        if not named:
+            assert thresholds["T1w"]["right"] == number
 
 
 def test_flair_read_off_an_image_is_said_to_look_like_diffusion(checkpoint, scan_file, monkeypatch):
