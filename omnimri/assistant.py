@@ -23,6 +23,7 @@ from .generation import generate
 from .knowledge import GENERAL, as_known
 from .lesions import LesionRule
 from .measure import measure
+from .memory import keep_freed_memory
 from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
 from .tasks import TASKS
 from .tokens import digit_ids
@@ -52,6 +53,7 @@ class Assistant:
         Raises:
             ValueError: the checkpoint is missing, damaged or of another kind.
         """
+        keep_freed_memory()
         self.model, self.tokenizer, self.digest = load_model(checkpoint or EMBEDDED, device=device)
         self.name = "OmniMRI embedded" if checkpoint is None else Path(checkpoint).name
         self.rule = LesionRule.of(self.model.config)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from omnimri.checkpoint import load_weights, newest_good, save_model
 from omnimri.digests import publish
 from omnimri.example import stable_hash
+from omnimri.memory import keep_freed_memory
 
 from .updates import Sharded, Updates, Whole
 
@@ -102,7 +103,7 @@ class FitConfig:
     workers: int = 0
     """Loader processes; the batches are the same for any number."""
     precision: str = "bf16"
-    """bf16 (autocast) or no."""
+    """bf16 (autocast; the pixel decoder only where hardware multiplies bf16) or no."""
     attention: str = "eager"
     """On CPUs: eager, or sdpa, whose backward pass takes longer for short texts and whose forward pass less for long ones."""
     compile: bool = False
@@ -200,6 +201,7 @@ def fit(
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from tqdm import tqdm
 
+    keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=config.precision,
         # Without it processes on CPUs would not know of each other.
