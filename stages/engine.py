@@ -8,7 +8,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -21,6 +21,7 @@ from omnimri.checkpoint import load_weights, newest_good, save_model
 from omnimri.digests import publish
 from omnimri.example import stable_hash
 from omnimri.memory import keep_freed_memory
+from omnimri.tasks.reconstruct import fast_bf16
 
 from .updates import Sharded, Updates, Whole
 
@@ -102,8 +103,8 @@ class FitConfig:
     """1 or 2: DeepSpeed shards optimizer state, and gradients, over the processes of torchrun."""
     workers: int = 0
     """Loader processes; the batches are the same for any number."""
-    precision: str = "bf16"
-    """bf16 (autocast; the pixel decoder only where hardware multiplies bf16) or no."""
+    precision: str = "auto"
+    """bf16 (autocast), no, or auto: bf16 where hardware multiplies it, without which a step takes up to twice as long by it."""
     attention: str = "eager"
     """On CPUs: eager, or sdpa, whose backward pass takes longer for short texts and whose forward pass less for long ones."""
     compile: bool = False
@@ -202,10 +203,13 @@ def fit(
     from tqdm import tqdm
 
     keep_freed_memory()
+    device = torch.device("cpu") if config.cpu else torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if fast_bf16(device) else "no")
     accelerator = Accelerator(
         mixed_precision=config.precision,
         # Without it processes on CPUs would not know of each other.
-        cpu=config.cpu or not torch.accelerator.is_available(),
+        cpu=device.type == "cpu",
         log_with="tensorboard",
         project_dir=str(out),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         rounded = {k: v.to(torch.bfloat16) for k, v in state.items()}
         model.load_state_dict({k: v.float() for k, v in rounded.items()})
         if args.keep_calibration:
-            told = next((p["calibration"] for p in (provenance, *reversed(provenance["before"])) if "calibration" in p), None)
+            told = next((p["calibration"] for p in (provenance, *reversed(provenance.get("before", ()))) if "calibration" in p), None)
             if told is None or not all(hasattr(model.config, k) for k in ("lesion_rule", "scope_together")):
                 raise ValueError("expected a calibrated checkpoint or a run that began with one, got neither; leave --keep-calibration out")
         else:

@@ -26,7 +26,9 @@ import pytest
 import torch
 
 from data_recipes import Phantom
-from data_recipes.phantom import record_volume
+from data_recipes.phantom import head_codes, record_volume
+from data_recipes.tissue import CODE
+from omnimri.anatomy import STRUCTURES
 from omnimri.checkpoint import save_model
 from omnimri.digests import write_digests
 from omnimri.examination import examine
@@ -103,6 +105,23 @@ def scan_file(scan, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("scan") / "scan.nii.gz"
     write_nifti(path, scan.voxels[0], scan.affine)
     return path
+
+
+@pytest.fixture(scope="session")
+def maps(tmp_path_factory):
+    """A folder with one label map: the analytic head in voxels of 1 mm."""
+    folder = tmp_path_factory.mktemp("maps")
+    axes = [torch.arange(n) - n / 2 for n in (180, 216, 170)]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    codes = head_codes(points, torch.ones(11, 3)).numpy()
+    table = np.zeros(256, dtype=np.int16)
+    for s in STRUCTURES:
+        table[CODE[s.name]] = s.label
+    table[CODE["skin"]], table[CODE["bone"]], table[CODE["eye"]] = 511, 515, 506
+    affine = np.eye(4)
+    affine[:3, 3] = [-90, -108, -85]
+    nibabel.save(nibabel.Nifti1Image(table[codes], affine), folder / "training_seg_01.nii.gz")
+    return folder
 
 
 def write_dicom(volume: Volume, folder: Path, *, modality: str = "MR", shuffle: bool = True, header: dict | None = None) -> Path:

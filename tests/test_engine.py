@@ -24,6 +24,7 @@ from omnimri.model.omnimri import OmniMRI
 from stages import STAGES
 from stages.__main__ import main
 from stages.engine import FitConfig, batch_at, fit, parameter_groups
+from stages.grounded import GroundedDialogue
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,10 +54,11 @@ def fresh_accelerate_state():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_bit_identical(stage, workers, config, tokenizer, tmp_path, capfd):
     """Stopping after two of four steps and going on, with the other number of workers, changes no bit."""
-    run(stage, config, tokenizer, tmp_path / "whole", workers=workers)
+    precision = "bf16" if workers else "auto"
+    run(stage, config, tokenizer, tmp_path / "whole", workers=workers, precision=precision)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
-    run(stage, config, tokenizer, tmp_path / "cut", workers=2 - workers)
+    run(stage, config, tokenizer, tmp_path / "cut", workers=2 - workers, precision=precision)
     assert "resumed at step 2" in capfd.readouterr().out
     for name in ("model", "optimizer", "objective"):
         a, b = (load_file(tmp_path / k / "checkpoints" / "step-000004" / f"{name}.safetensors") for k in ("whole", "cut"))
@@ -80,6 +82,22 @@ def test_compiled_training_resumes_bit_identically_and_agrees(config, tokenizer,
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     plain = run("pretrain", config, tokenizer, tmp_path / "plain", workers=0, shares=shares)
     assert last["segment"] == pytest.approx(plain["segment"], rel=0.02)
+
+
+@pytest.mark.parametrize(("hardware", "precision", "kept"), [
+    (True, "auto", "bf16"), (False, "auto", "no"), (False, "bf16", "bf16"), (True, "no", "no")])
+def test_bf16_is_used_where_hardware_multiplies_it_or_it_is_asked_for(hardware, precision, kept, config, tokenizer, tmp_path, monkeypatch):
+    seen = set()
+    forward = GroundedDialogue.forward
+
+    def watched(self, batch):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, batch)
+
+    monkeypatch.setattr("stages.engine.fast_bf16", lambda _: hardware)
+    monkeypatch.setattr(GroundedDialogue, "forward", watched)
+    run("pretrain", config, tokenizer, tmp_path, workers=0, steps=1, precision=precision, shares=(0.8, 0.05))
+    assert seen == {kept == "bf16"}
 
 
 def test_echoed_batches_resume_bit_identically_in_the_middle(config, tokenizer, tmp_path):

@@ -21,34 +21,16 @@ from data_recipes.acquisition import Quality, ThickSlices, acquire, blurred, sim
 from data_recipes.describe import LOOKS, Facts, finding, level5
 from data_recipes.head import PAD, Lattice, read_head
 from data_recipes.pathology import KINDS, draw_spot, write
-from data_recipes.phantom import head_codes
 from data_recipes.protocol import draw_protocol, signals
 from data_recipes.recipe import generator
 from data_recipes.scanner import burn, draw_remap, draw_scan
 from data_recipes.tissue import CODE, NUM_CODES, SIDE_OF_CODE
 from data_recipes.wording import REQUESTS, Voice
-from omnimri.anatomy import NAMES, SEQUENCES, STRUCTURES
+from omnimri.anatomy import NAMES, SEQUENCES
 from omnimri.physics import diffusion_weighted, inversion_recovery, spin_echo, spoiled_gradient_echo, t1_at, t2_star_at
 
 CLEAN = Quality(resolution=(1.0, 1.0), partial_fourier=1.0, phase_axis=1, taper=0.0, noise=0.0, amplification=1.0, bias=0.0)
 WHITE, GREY, FLUID = (CODE[n] for n in ("left cerebral white matter", "left cerebral cortex", "left lateral ventricle"))
-
-
-@pytest.fixture(scope="module")
-def maps(tmp_path_factory):
-    """A folder with one label map: the analytic head in voxels of 1 mm."""
-    folder = tmp_path_factory.mktemp("maps")
-    axes = [torch.arange(n) - n / 2 for n in (180, 216, 170)]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    codes = head_codes(points, torch.ones(11, 3)).numpy()
-    table = np.zeros(256, dtype=np.int16)
-    for s in STRUCTURES:
-        table[CODE[s.name]] = s.label
-    table[CODE["skin"]], table[CODE["bone"]], table[CODE["eye"]] = 511, 515, 506
-    affine = np.eye(4)
-    affine[:3, 3] = [-90, -108, -85]
-    nibabel.save(nibabel.Nifti1Image(table[codes], affine), folder / "training_seg_01.nii.gz")
-    return folder
 
 
 @pytest.fixture(scope="module")

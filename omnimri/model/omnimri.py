@@ -18,7 +18,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..anatomy import NAMES, SEQUENCES
 from ..measure import PROFILE_SIZE
 from ..tasks import TASKS
-from ..tasks.reconstruct import fast_bf16
 from .config import OmniMRIConfig
 from .language import build_language, inject_lora, is_base, load_base, merge_lora
 from .pixel_decoder import PixelDecoder, Pixels
@@ -143,10 +142,8 @@ class OmniMRI(PreTrainedModel, GenerationMixin):
         return self.projector(picked.flatten(0, 1)).reshape(b, -1, self.config.text_config.hidden_size)
 
     def pixels(self, images_BSCHW: Tensor, patches_NPD: Tensor, positions_mm_BS: Tensor) -> Pixels:
-        """Pixel features of every slice. Under autocast in full precision all the same where bf16 convolutions are slower."""
-        kind = images_BSCHW.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=torch.is_autocast_enabled(kind) and fast_bf16(images_BSCHW.device)):
-            return self.heads["pixels"](images_BSCHW.flatten(0, 1), patches_NPD, positions_mm_BS)
+        """Pixel features of every slice."""
+        return self.heads["pixels"](images_BSCHW.flatten(0, 1), patches_NPD, positions_mm_BS)
 
     def evidence(self, pooled_BNC: Tensor, kind_BN: Tensor) -> Tensor:
         """Evidence tokens from pooled mask features and the class of each."""

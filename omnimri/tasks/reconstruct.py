@@ -124,7 +124,7 @@ class ReconstructHead(nn.Module):
     def forward(self, kspace: Tensor, mask: Tensor, coils: Tensor | None = None) -> Reconstructed:
         """(N, c, h, w) complex, (N, h or 1, w) bool, sensitivities where they are known -> image, spread, sensitivities."""
         keep = mask.to(kspace.real.dtype)
-        fast = torch.autocast(kspace.device.type, torch.bfloat16, enabled=self.training or fast_bf16(kspace.device))
+        fast = torch.autocast(kspace.device.type, torch.bfloat16, enabled=fast_bf16(kspace.device))
         estimated = coils is None
         if coils is None:
             with fast:
