@@ -296,3 +296,18 @@ def test_bad_settings_are_told(tmp_path, capsys):
     assert "tellings=3 divides" in capsys.readouterr().err
     assert main(["align", "--preset", "huge", "--out", str(tmp_path / "x")]) == 2
     assert "unknown preset" in capsys.readouterr().err
+
+
+def test_seconds_of_a_step_come_from_the_log_without_the_first_steps(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    from stages.speed import seconds_a_step
+
+    with SummaryWriter(str(tmp_path)) as log:
+        for step, time_s in ((0, 0), (10, 90), (20, 110), (30, 130)):
+            log.add_scalar("samples_per_s", 1.0, step, walltime=1e6 + time_s)
+    assert seconds_a_step(tmp_path) == pytest.approx(2.0)
+    with SummaryWriter(str(tmp_path / "short")) as log:
+        log.add_scalar("samples_per_s", 1.0, 10)
+    with pytest.raises(ValueError, match="21 steps"):
+        seconds_a_step(tmp_path / "short")
