@@ -5,7 +5,7 @@ Shapes: S lattice slices, C pixel width, K standing queries, X Y Z the scan's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -180,7 +180,7 @@ def examine(
     signal = signal_words(example.images[:, 1], classes, seen_ranks)
     source, sequence = "header", volume.sequence
     likely = tuple(likely_sequences(model, profile))
-    looks_like = named_sequence(model, profile) if score <= 1.0 and signal else "other"
+    looks_like = named_sequence(model, likely) if score <= 1.0 and signal else "other"
     if sequence == "unknown":
         source, sequence = "image", looks_like
         notes += (LOOKS_ALIKE,) if looks_like == "FLAIR" else ()
@@ -292,10 +292,10 @@ def _look(
     return example, model.look(shown, torch.arange(len(chosen))[None]), shown
 
 
-def named_sequence(model: OmniMRI, profile: Tensor) -> str:
-    """The sequence that may be named from the image, or `other`: by its threshold of the release, never without one."""
+def named_sequence(model: OmniMRI, likely: Sequence[tuple[str, float]]) -> str:
+    """The first of `likely_sequences` that may be named, or `other`: by its threshold of the release, never without one."""
     limits = getattr(model.config, "sequence_thresholds", {})
-    return next((s for s, share in likely_sequences(model, profile) if share >= limits.get(s, 2.0)), "other")
+    return next((s for s, share in likely if share >= limits.get(s, 2.0)), "other")
 
 
 def likely_sequences(model: OmniMRI, profile: Tensor) -> list[tuple[str, float]]:

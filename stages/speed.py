@@ -21,9 +21,9 @@ from .__main__ import main as run_stage
 BATCH, SLICES = 4, 4
 STEP: dict[str, Any] = {
     "recipe": "synthetic", "batch_size": BATCH, "num_slices": SLICES, "max_slices": SLICES, "kspace_size": 0,
-    "across_share": 0.25, "mask_share": 0.9999, "word_share": 0, "image_share": 0, "warmup": 5, "save_every": 10**6, "validate_every": 10**6, "validate_batches": 1,
-    "learning_rate.vision.*": 0, "learning_rate.projector.*": 0, "learning_rate.language.*": 0, "learning_rate.heads.pixels.*": 0.0001,
-    "learning_rate.heads.*": 0,
+    "across_share": 0.25, "mask_share": 0.9999, "word_share": 0, "image_share": 0, "warmup": 5,
+    "save_every": 10**6, "validate_every": 10**6, "validate_batches": 1, "learning_rate.vision.*": 0, "learning_rate.projector.*": 0,
+    "learning_rate.language.*": 0, "learning_rate.heads.pixels.*": 0.0001, "learning_rate.heads.*": 0,
 }
 ARMS: dict[str, dict[str, Any]] = {
     "plain eager loop": {"precision": "no", "workers": 0},

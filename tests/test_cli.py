@@ -109,11 +109,11 @@ def test_segment_keeps_shape_and_affine_on_a_real_scan(capsys, mni, tmp_path):
     assert world([2, 3])[0] < world([41, 42])[0], "left structures lie on the left"
 
 
-def test_report_on_a_real_scan(capsys, mni, tmp_path):
-    status, out, _ = run(capsys, "report", mni, "--out", tmp_path / "r", "--json")
+def test_report_on_a_real_scan(capsys, thick, tmp_path):
+    status, out, _ = run(capsys, "report", thick, "--out", tmp_path / "r", "--json")
     assert status == 0
     answer = json.loads(out)
-    check_contract(answer, nibabel.load(mni).shape)
+    check_contract(answer, nibabel.load(thick).shape)
     assert "<" not in answer["text"]
     assert (tmp_path / "r" / "answer.md").read_text().count("Research use only")
     assert ("lesion in the" in answer["text"]) <= bool(answer["findings"])

@@ -14,7 +14,7 @@ import torch
 from omnimri.anatomy import SEQUENCES
 from omnimri.assistant import Assistant
 from omnimri.cli import write_answer
-from omnimri.examination import examine, more_planes, named_sequence, scope_score
+from omnimri.examination import examine, likely_sequences, more_planes, named_sequence, scope_score
 from omnimri.example import LESION_CLASS, language_slices
 from omnimri.grounding import pool_evidence
 from omnimri.lesions import LesionRule, lesion_ranks
@@ -125,7 +125,7 @@ def test_t1_weighted_is_said_where_contrast_agent_cannot_be(limits, told):
     share = dict.fromkeys(SEQUENCES, 0.01) | {"T1w-Gd": 0.6, "T1w": 0.3}
     heads = {"sequence": lambda _: torch.tensor([[share[s] for s in SEQUENCES]]).log()}
     model = SimpleNamespace(heads=heads, config=SimpleNamespace(sequence_thresholds=limits))
-    assert named_sequence(model, torch.zeros(1)) == told
+    assert named_sequence(model, likely_sequences(model, torch.zeros(1))) == told
 
 
 def test_what_is_out_of_scope_has_no_sequence(checkpoint, scan_file, monkeypatch):

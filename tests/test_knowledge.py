@@ -28,6 +28,7 @@ def test_a_question_in_general_is_none_of_this_study():
         "Could you explain how fluid-attenuated inversion recovery works?": "a FLAIR sequence",
         "what do the letters DWI stand for": "diffusion-weighted imaging",
         "What is T2* used for?": "a T2*-weighted image",
+        "For my exam: what is DWI used for?": "diffusion-weighted imaging",
         "Explain T2 weighting.": "a T2-weighted image",
         "Define T1-weighted.": "a T1-weighted image",
     }.items():
