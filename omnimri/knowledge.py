@@ -93,8 +93,8 @@ _SEQUENCES = {
 }
 _IN_GENERAL = re.compile(r"\b(?:explain|define|principle|stands? for|why (?:is|are|do|does)\b.*\bused|how (?:is|are|do|does)\b.*\bwork"
                          r"|what (?:is|are)\b.*\bused for|what\b.*\bmeans?\b)", re.I)  # fmt: skip
-_OF_A_STUDY = re.compile(r"\b(?:this|these|that|those|here|my(?! (?:exam|test|class|course|studies)\b)|his|her|their|patient|scan|study|series"
-                         r"|lesions?|findings?|dark|bright|signal"
+_OF_A_STUDY = re.compile(r"\b(?:this|these|that|those|here|my(?! (?:exam|test|class|course|studies)\b)|his|her|their|patient|scan|study"
+                         r"|series|lesions?|findings?|dark|bright|signal"
                          r"|see|seen|shows?|shown|left|right|\w*intens\w*|abnormal\w*|reports?|results?|tumou?rs?|o?edema)\b",
                          re.I)  # fmt: skip
 
