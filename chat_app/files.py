@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -33,12 +31,6 @@ def write_json(path: Path, value: object) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
-
-
-def give_back_memory() -> None:
-    """Return what was freed to the system, where its C library keeps it otherwise (glibc: an arena for each thread)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 _counting = Lock()

@@ -22,10 +22,11 @@ from omnimri.conversation import Message
 from omnimri.grid import closest_axes, foreground, plane_of
 from omnimri.io import open_study, warm
 from omnimri.io.nifti import write_nifti
+from omnimri.memory import give_back_memory
 from omnimri.volume import Study, Volume
 
 from . import views
-from .files import HandedOut, give_back_memory, in_use, plain_name, write_json
+from .files import HandedOut, in_use, plain_name, write_json
 from .review import Review
 from .views import FINDING, LESIONS
 

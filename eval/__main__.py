@@ -1,5 +1,5 @@
 """python -m eval COMMAND: generated reports (report, compare, perturb, facts), suites of cases (suite), and single studies of the
-project itself (reading, speed, reconstruct, realism, resampled, paraphrase, planted, picture). Everything runs offline.
+project itself (reading, speed, reconstruct, realism, resampled, paraphrase, planted, probe, picture). Everything runs offline.
 """
 
 from __future__ import annotations
@@ -61,14 +61,17 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument("--count", type=int, default=10, help="held-out simulated studies that are asked about")
     burnt = command("planted", "instructions burnt into pixels")
     burnt.add_argument("--count", type=int, default=50, help="held-out simulated studies")
+    frozen = command("probe", "what frozen encoders know: linear probes of many and of few studies")
+    frozen.add_argument("--encoder", type=Path, action="append", default=[], metavar="DIR", help="another encoder; may be repeated")
+    frozen.add_argument("--count", type=int, default=200, help="simulated studies that a probe is fitted to")
     command("reading", "seconds to read a scan beside other readers")
     command("speed", "seconds of report metrics beside pycocoevalcap's")
     drawn = command("picture", "the picture in the README")
-    for sub in (suite, rebuilt, real, stored, drawn, other, burnt):
+    for sub in (suite, rebuilt, real, stored, drawn, other, burnt, frozen):
         sub.add_argument("--checkpoint", metavar="DIR", help="default: the embedded one")
-    for sub in (suite, rebuilt, real, other, burnt):
+    for sub in (suite, rebuilt, real, other, burnt, frozen):
         sub.add_argument("--maps", type=Path, metavar="DIR", help="folder of label maps")
-    for sub in (suite, rebuilt, real, stored):
+    for sub in (suite, rebuilt, real, stored, frozen):
         sub.add_argument(
             "--scans", type=Path, action="append", default=[], metavar="DIR", help="folder that eval/scans.tsv is about; may be repeated"
         )
@@ -176,12 +179,17 @@ def run(args: argparse.Namespace) -> None:
             write_atomic(out / "results.md", reconstruct.markdown(results))
             print(reconstruct.markdown(results))
             return
-        from .realism import markdown, measure_realism
+        from . import probe, realism
 
-        results = {"checkpoint_sha256": assistant.digest, **measure_realism(assistant, args.maps, args.scans)}
-        write_atomic(out / "results.json", to_json(results))
-        write_atomic(out / "results.md", markdown(results))
-        print(markdown(results))
+        if args.command == "probe":
+            results = probe.measure(assistant, args.maps, args.scans, args.encoder, count=args.count)
+            text = probe.markdown(results)
+        else:
+            results = realism.measure_realism(assistant, args.maps, args.scans)
+            text = realism.markdown(results)
+        write_atomic(out / "results.json", to_json({"checkpoint_sha256": assistant.digest, **results}))
+        write_atomic(out / "results.md", text)
+        print(text)
 
 
 def main(argv: list[str] | None = None) -> int:

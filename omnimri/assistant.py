@@ -23,7 +23,7 @@ from .generation import generate
 from .knowledge import GENERAL, as_known
 from .lesions import LesionRule
 from .measure import measure
-from .memory import keep_freed_memory
+from .memory import give_back_memory, keep_freed_memory
 from .reconstruction import Reconstruction, asks_to_reconstruct, reconstruct
 from .tasks import TASKS
 from .tokens import digit_ids
@@ -74,6 +74,7 @@ class Assistant:
         kept = self._seen.get(key)
         if kept is None or kept[0] is not volume:
             seen = examine(self.model, self.tokenizer, volume, rule=self.rule, check=_stopper(on_text))
+            give_back_memory()
             # Another thread may forget at any time: what is returned is held here.
             self._seen[key] = kept = (volume, seen)
             while len(self._seen) > KEPT_EXAMINATIONS:
