@@ -20,18 +20,16 @@ from transformers import AutoModel
 
 from data_recipes import Synthetic
 from data_recipes.synthetic import CHOOSING_MAPS, TRAINING_MAPS
-from omnimri.anatomy import NAMES, PLANES
+from omnimri.anatomy import PLANES
 from omnimri.assistant import Assistant
 from omnimri.example import classes_of, normalise
 from omnimri.grid import Grid
+from omnimri.measure import STEM_OF_CLASS, STEMS
 from omnimri.model.omnimri import OmniMRI
 
 from .realism import real_scans
 from .resampling import mean_estimate
 
-KINDS = sorted({n.removeprefix("left ").removeprefix("right ") for n in NAMES})
-KIND = torch.tensor([0, *(1 + KINDS.index(n.removeprefix("left ").removeprefix("right ")) for n in NAMES)])
-"""Class of a structure -> class with sides as one."""
 FEW, SHRINKAGE, LEAST_PIXELS = 8, 10.0, 30
 """Studies of the probe of few; ridge on standardised features; pixels from which on a structure of a study counts."""
 
@@ -48,7 +46,7 @@ def patch_features(encoder: nn.Module, images_SCHW: Tensor) -> Tensor:
 
 def shares(classes_SHW: Tensor, g: int) -> Tensor:
     """(S, g, g, kinds) share of each patch that background and each structure cover."""
-    one = F.one_hot(KIND[classes_SHW.long()], len(KINDS) + 1).permute(0, 3, 1, 2).float()
+    one = F.one_hot(STEM_OF_CLASS[classes_SHW.long()], len(STEMS) + 1).permute(0, 3, 1, 2).float()
     return F.adaptive_avg_pool2d(one, g).permute(0, 2, 3, 1)
 
 
@@ -89,9 +87,9 @@ class Probe:
 
 def mean_dice(said: Tensor, classes_SHW: Tensor) -> float:
     """Mean Dice of the structures of a study on every second pixel; nan where there is none."""
-    truth = KIND[classes_SHW[:, ::2, ::2].long()]
+    truth = STEM_OF_CLASS[classes_SHW[:, ::2, ::2].long()]
     found = []
-    for k in range(1, len(KINDS) + 1):
+    for k in range(1, len(STEMS) + 1):
         a, b = said == k, truth == k
         if int(b.sum()) >= LEAST_PIXELS:
             found.append(2 * float((a & b).sum()) / float(a.sum() + b.sum()))
@@ -154,14 +152,13 @@ def measure(assistant: Assistant, maps: Path, folders: Sequence[Path], encoders:
     for name, encoder in encoders_of(assistant, encoders).items():
         features = [patch_features(encoder, images) for images, _ in fitted]
         targets = [shares(classes, f.shape[1]) for f, (_, classes) in zip(features, fitted, strict=True)]
+        seen = [(patch_features(encoder, images), classes) for images, classes in asked]
+        seen_scans = {scan: (patch_features(encoder, images), classes) for scan, (images, classes) in scans.items()}
         told: dict[str, Any] = {"parameters": sum(p.numel() for p in encoder.parameters()), "patch": encoder.config.patch_size}
         for title, number in (("all", count), ("few", FEW)):
             probe = Probe(*(torch.cat([x.flatten(0, 2) for x in part[:number]]) for part in (features, targets)))
-            values = [mean_dice(probe.classes(patch_features(encoder, i), i.shape[-1] // 2), c) for i, c in asked]
-            told[title] = vars(mean_estimate(values))
-            told[f"scans, {title}"] = {
-                scan: mean_dice(probe.classes(patch_features(encoder, i), i.shape[-1] // 2), c) for scan, (i, c) in scans.items()
-            }
+            told[title] = vars(mean_estimate([mean_dice(probe.classes(f, size // 2), c) for f, c in seen]))
+            told[f"scans, {title}"] = {scan: mean_dice(probe.classes(f, size // 2), c) for scan, (f, c) in seen_scans.items()}
         results["encoders"][name] = told
     return results
 

@@ -256,14 +256,14 @@ def lesion_signals(image: Tensor, classes: Tensor, lesions: Tensor, number: int)
     return tuple("" if abs(x) < 0.05 else "hyperintense" if x > 0 else "hypointense" for x in off)
 
 
-_STEMS = sorted({s.name.removeprefix("left ").removeprefix("right ") for s in STRUCTURES})
-_STEM_OF_CLASS = torch.tensor([0, *(1 + _STEMS.index(s.name.removeprefix("left ").removeprefix("right ")) for s in STRUCTURES)])
+STEMS = sorted({s.name.removeprefix("left ").removeprefix("right ") for s in STRUCTURES})
+STEM_OF_CLASS = torch.tensor([0, *(1 + STEMS.index(s.name.removeprefix("left ").removeprefix("right ")) for s in STRUCTURES)])
 _SIDE_OF_CLASS = torch.tensor([0, *({"left": 1, "right": 2}.get(s.name.split()[0], 0) for s in STRUCTURES)])
-_VENTRICLES = torch.tensor([k for k, s in enumerate(_STEMS, 1) if "ventricle" in s])
+_VENTRICLES = torch.tensor([k for k, s in enumerate(STEMS, 1) if "ventricle" in s])
 _OUTSIDE, _INSIDE = (0.5, 0.75, 0.9, 0.97, 0.995), (0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
 _FLUID = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9)
 _LEAST_PIXELS, _LEAST_ILL, _NEAR, _MOST_SLICES = 20, 0.003, 4, 48
-PROFILE_SIZE = 3 * len(_STEMS) + 2 * (len(_FLUID) + 1) + 2 + len(_INSIDE) + len(_OUTSIDE)
+PROFILE_SIZE = 3 * len(STEMS) + 2 * (len(_FLUID) + 1) + 2 + len(_INSIDE) + len(_OUTSIDE)
 
 
 def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
@@ -284,9 +284,9 @@ def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
     classes, ill = classes.int(), lesions > 0
     near = torch.nn.functional.max_pool2d(ill.float()[:, None], 2 * _NEAR + 1, 1, _NEAR)[:, 0] > 0
     values, order = image.flatten().float().sort()
-    stem, side = (table.to(classes.device)[classes].flatten()[order] for table in (_STEM_OF_CLASS, _SIDE_OF_CLASS))
+    stem, side = (table.to(classes.device)[classes].flatten()[order] for table in (STEM_OF_CLASS, _SIDE_OF_CLASS))
     ill, healthy = ill.flatten()[order], ~near.flatten()[order]
-    white = stem == 1 + _STEMS.index("cerebral white matter")
+    white = stem == 1 + STEMS.index("cerebral white matter")
     left, right = (float((ill & (side == k)).sum()) / max(1, int((side == k).sum())) for k in (1, 2))
     if abs(left - right) > _LEAST_ILL and min(int((white & (side == k)).sum()) for k in (1, 2)) >= 50:
         healthy &= side != (1 if left > right else 2)
@@ -302,12 +302,12 @@ def signal_profile(image: Tensor, classes: Tensor, lesions: Tensor) -> Tensor:
 
     out: list[float] = []
     kinds = stem[healthy]
-    groups = values[healthy][kinds.argsort(stable=True)].split(torch.bincount(kinds, minlength=len(_STEMS) + 1).tolist())
+    groups = values[healthy][kinds.argsort(stable=True)].split(torch.bincount(kinds, minlength=len(STEMS) + 1).tolist())
     for x in groups[1:]:
         low, high = at(x, (0.1, 0.9))
         out += [*logs(x, (0.5,)), min(3.0, (high - low) / middle), 1.0] if len(x) >= _LEAST_PIXELS else [0.0] * 3
     ventricles = torch.isin(stem, _VENTRICLES.to(stem.device))
-    for where, shares in ((ventricles & ~ill, _FLUID), ((stem == 1 + _STEMS.index("CSF")) & ~ill, _FLUID), (ill, (0.5,))):
+    for where, shares in ((ventricles & ~ill, _FLUID), ((stem == 1 + STEMS.index("CSF")) & ~ill, _FLUID), (ill, (0.5,))):
         out += [*logs(values[where], shares), float(int(where.sum()) >= _LEAST_PIXELS)]
     out += [*logs(values[brain & healthy], _INSIDE), *logs(values[~brain], _OUTSIDE, 1)]
     return torch.tensor(out, device=image.device)

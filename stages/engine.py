@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from omnimri.checkpoint import load_weights, newest_good, save_model
-from omnimri.digests import publish
+from omnimri.checkpoint import load_weights, newest_good
 from omnimri.example import stable_hash
 from omnimri.memory import keep_freed_memory
 from omnimri.tasks.reconstruct import fast_bf16
 
+from .state import optimizer_file, optimizer_of, restore, save
 from .updates import Sharded, Updates, Whole
 
 if TYPE_CHECKING:
@@ -232,14 +231,14 @@ def fit(
                 part.compile(dynamic=dynamic)
     start = 0
     if resumed is not None:
-        start = _restore(resumed, objective)
+        start = restore(resumed, objective)
         accelerator.print(f"resumed at step {start}")
     updates: Updates = (Sharded if config.zero_stage else Whole)(accelerator, objective, groups, config)
     if resumed is not None:
         before = json.loads((resumed / "state.json").read_text())["optimizer"]
-        if before != (now := _optimizer_of(config, world)):
+        if before != (now := optimizer_of(config, world)):
             raise ValueError(f"{out} was trained with {before}, and goes on only so; got {now}; use another --out with --init {out}")
-        updates.load(load_file(resumed / _optimizer_file(updates, rank)))
+        updates.load(load_file(resumed / optimizer_file(updates, rank)))
     accelerator.init_trackers("log")
     loader = torch.utils.data.DataLoader(
         _Indices(source, config, start, rank, world),
@@ -275,7 +274,7 @@ def fit(
             told = " ".join(f"{k} {v:.4f}" for k, v in last.items())
             accelerator.print(f"\nstep {step + 1} train {_told(values)} | validation {told}", flush=True)
         if (step + 1) % config.save_every == 0 or done:
-            _save(accelerator, out, step + 1, objective, updates, tokenizer, config, provenance or {})
+            save(accelerator, out, step + 1, objective, updates, tokenizer, config, provenance or {})
     bar.close()
     accelerator.wait_for_everyone()
     if world > 1:
@@ -350,56 +349,3 @@ def validate(
             total, count = sums.setdefault(name, [0.0, 0.0])
             sums[name] = [total + float(accelerator.reduce(term.sum)), count + float(accelerator.reduce(term.count))]
     return {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
-
-
-def _optimizer_of(config: FitConfig, world: int) -> dict[str, Any]:
-    """What the optimizer's state fits: only sharded state depends on the number of processes."""
-    return {"optimizer": config.optimizer, "zero_stage": config.zero_stage} | ({"processes": world} if config.zero_stage else {})
-
-
-def _optimizer_file(updates: Updates, rank: int) -> str:
-    return f"optimizer-{rank}.safetensors" if updates.sharded else "optimizer.safetensors"
-
-
-def _save(
-    accelerator: Any,
-    out: Path,
-    step: int,
-    objective: Objective,
-    updates: Updates,
-    tokenizer: PreTrainedTokenizerBase,
-    config: FitConfig,
-    provenance: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint beside and move it into place; drop all but the newest `keep`."""
-    folder = out / "checkpoints"
-    partial = folder / f".step-{step:06d}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    if updates.sharded or accelerator.is_main_process:
-        save_file(updates.state(), partial / _optimizer_file(updates, accelerator.process_index))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    told = {**provenance, "steps": step, "seed": config.seed}
-    save_model(objective.model, tokenizer, partial, provenance=told)
-    rest = {k: v.contiguous().clone() for k, v in objective.state_dict().items() if not k.startswith("model.")}
-    save_file(rest or {"none": torch.zeros(1)}, partial / "objective.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, "optimizer": _optimizer_of(config, accelerator.num_processes)}))
-    publish(partial, folder / f"step-{step:06d}")
-    for old in sorted(folder.glob("step-*"))[: -config.keep]:
-        shutil.rmtree(old)
-
-
-def _restore(folder: Path, objective: Objective) -> int:
-    """Bring weights and the objective's own state back; the step to go on from."""
-    load_weights(objective.model, folder)
-    rest = load_file(folder / "objective.safetensors")
-    rest.pop("none", None)
-    own = {k for k in objective.state_dict() if not k.startswith("model.")}
-    if own != set(rest):
-        raise ValueError(f"checkpoint {folder} is of another objective: it differs in {sorted(own ^ set(rest))[:4]}")
-    objective.load_state_dict(rest, strict=False)
-    return int(json.loads((folder / "state.json").read_text())["step"])

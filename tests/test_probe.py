@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from eval import probe
-from eval.probe import KIND, KINDS, encoders_of, markdown, mean_dice, measure, patch_features, shares
+from eval.probe import encoders_of, markdown, mean_dice, measure, patch_features, shares
 from omnimri.anatomy import NAMES
 from omnimri.io.nifti import write_nifti
+from omnimri.measure import STEM_OF_CLASS, STEMS
 
 LEFT, RIGHT = (1 + NAMES.index(f"{side} thalamus") for side in ("left", "right"))
 
@@ -44,10 +45,10 @@ def test_sides_are_one_and_shares_add_up():
     classes = torch.zeros(1, 32, 32, dtype=torch.uint8)
     classes[:, :16, :8], classes[:, :16, 8:16] = LEFT, RIGHT
     told = shares(classes, 2)
-    assert told.shape == (1, 2, 2, len(KINDS) + 1)
+    assert told.shape == (1, 2, 2, len(STEMS) + 1)
     assert told.sum(-1).flatten().tolist() == [1.0] * 4
-    assert float(told[0, 0, 0, KIND[LEFT]]) == 1.0
-    said = KIND[classes[:, ::2, ::2].long()]
+    assert float(told[0, 0, 0, STEM_OF_CLASS[LEFT]]) == 1.0
+    said = STEM_OF_CLASS[classes[:, ::2, ::2].long()]
     assert mean_dice(said, classes) == 1.0
     said[:, :4] = 0
     assert mean_dice(said, classes) == pytest.approx(2 / 3)
