@@ -12,12 +12,27 @@ from omnimri.anatomy import STRUCTURES
 from omnimri.physics import diffusion_weighted, inversion_recovery, spin_echo, spoiled_gradient_echo, t1_at, t2_star_at
 
 from .recipe import pick, uniform
-from .tissue import BASE_OF_CODE, BRAIN, CODE, ENHANCED, EXTRA, FIELD_POWER, NUM_CODES, NUM_STRUCTURES, SIDED, TISSUE
+from .tissue import (
+    BASE_OF_CODE,
+    BRAIN,
+    CODE,
+    ENHANCED,
+    EXTRA,
+    FIELD_POWER,
+    NUM_CODES,
+    NUM_STRUCTURES,
+    SIDED,
+    TISSUE,
+    TRANSFER,
+)
 
 SHARES = {"T1w": 0.38, "T1w-Gd": 0.13, "T2w": 0.14, "PDw": 0.05, "FLAIR": 0.17, "other": 0.13}
 """Share of each of `anatomy.SEQUENCES` in the recipe of label maps."""
 OTHER = {"random": 0.35, "DWI": 0.3, "ADC": 0.1, "T2*": 0.25}
 """What `other` is made of."""
+MOST_TRANSFER = 0.2
+"""White matter's largest loss by magnetization transfer from the pulses of other slices, in spin echoes of many slices (Dixon et al., Magnetic
+Resonance Imaging 1990; Santyr, Magnetic Resonance Imaging 1993): with it and a long TR grey and white matter can be alike."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ def draw_protocol(g: torch.Generator, sequence: str) -> Protocol:
             return Protocol(sequence, technique, field, ti * uniform(g, 2.0, 2.6), uniform(g, 2, 5), ti, uniform(g, 7, 12))
         if technique == "SPGR":
             return Protocol(sequence, technique, field, longer * uniform(g, 8, 35), uniform(g, 1.5, 6), 0.0, uniform(g, 18, 35))
-        return Protocol(sequence, technique, field, longer * uniform(g, 350, 700), uniform(g, 8, 18))
+        return Protocol(sequence, technique, field, longer * uniform(g, 350, 900), uniform(g, 8, 18))
     if sequence == "T2w":
         return Protocol(sequence, "TSE", field, uniform(g, 3000, 7000), uniform(g, 80, 120))
     if sequence == "PDw":
@@ -111,6 +126,8 @@ def signals(g: torch.Generator, protocol: Protocol, variation: float = 1.0) -> t
         mean[0] = 0.0
     else:
         mean = spin_echo(pd, t1, t2, tr_ms=tr, te_ms=te)
+        if protocol.technique == "SE":
+            mean = mean * (1 - uniform(g, 0, MOST_TRANSFER) * TRANSFER)
         if protocol.technique == "DWI":
             mean = diffusion_weighted(mean, adc, b_value=one * protocol.b_value)
     for name, (*_, low, high) in EXTRA.items():

@@ -58,6 +58,11 @@ PATHOLOGY = {
 ENHANCED = {"enhancing": (260, 520), "meningioma": (280, 480), "capsule": (300, 560), "active plaque": (350, 650), "vessel": (200, 400),
             "dura": (400, 800), "mucosa": (350, 600)}
 """T1 in ms after contrast agent, lowest and highest."""
+BOUND = {"wm": 1.0, "gm": 0.6, "csf": 0.0}
+"""Magnetization transfer relative to white matter: by how much water is bound to what is no water."""
+BOUND_ELSEWHERE = {"soft tissue": 1.0, "cord": 1.0, "chiasm": 1.0, "optic nerve": 1.0, "left wmh": 0.6, "right wmh": 0.6, "gliosis": 0.5,
+                   "plaque": 0.6, "active plaque": 0.6, "oedema": 0.5, "glioma": 0.5, "enhancing": 0.5, "meningioma": 0.5,
+                   "acute infarct": 0.5, "capsule": 0.5}  # fmt: skip
 
 CODE: dict[str, int] = {name: k for k, name in enumerate((*NAMES, *EXTRA, *PATHOLOGY), 1)}
 FIRST_LESION = CODE["left wmh"]
@@ -119,6 +124,20 @@ def tissue_table() -> tuple[Tensor, Tensor]:
 
 
 TISSUE, FIELD_POWER = tissue_table()
+
+
+def transfer_table() -> Tensor:
+    """(NUM_CODES,) magnetization transfer relative to white matter."""
+    table = torch.zeros(NUM_CODES)
+    for k, s in enumerate(STRUCTURES, 1):
+        toward_grey = DEEP.get(s.name.removeprefix("left ").removeprefix("right "))
+        table[k] = BOUND[s.tissue] if toward_grey is None else BOUND["wm"] + toward_grey * (BOUND["gm"] - BOUND["wm"])
+    for name, bound in BOUND_ELSEWHERE.items():
+        table[CODE[name]] = bound
+    return table[BASE_OF_CODE.long()]
+
+
+TRANSFER = transfer_table()
 
 
 def swap_sides(codes: Tensor) -> Tensor:
