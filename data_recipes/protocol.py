@@ -31,7 +31,7 @@ SHARES = {"T1w": 0.38, "T1w-Gd": 0.13, "T2w": 0.14, "PDw": 0.05, "FLAIR": 0.17, 
 OTHER = {"random": 0.35, "DWI": 0.3, "ADC": 0.1, "T2*": 0.25}
 """What `other` is made of."""
 MOST_TRANSFER = 0.2
-"""White matter's largest loss by magnetization transfer from the pulses of other slices, in spin echoes of many slices (Dixon et al., Magnetic
+"""White matter's largest loss by magnetization transfer from the pulses of other slices, in spin echoes of many (Dixon et al., Magnetic
 Resonance Imaging 1990; Santyr, Magnetic Resonance Imaging 1993): with it and a long TR grey and white matter can be alike."""
 
 

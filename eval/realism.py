@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from data_recipes import Synthetic
 from data_recipes.synthetic import TRAINING_MAPS
@@ -23,10 +24,12 @@ from omnimri.assistant import Assistant
 from omnimri.example import Record
 from omnimri.volume import Study
 
-from .cases import SCANS, load_any, template, to_structures
+from .cases import SCANS, load_any, load_mask, template, to_structures
 
 NAMED = tuple(s for s in SEQUENCES if s != "other")
 """The sequences that have a name."""
+BESIDE = 5
+"""Pixels from a lesion up to which tissue may be ill that nobody outlined."""
 FLUID = [s.label for s in STRUCTURES if "lateral ventricle" in s.name and "inferior" not in s.name]
 
 
@@ -37,8 +40,10 @@ class Case:
     name: str
     sequence: str
     study: Study
-    truth: np.ndarray | None
-    """Labels of structures, where somebody drew them."""
+    labels: np.ndarray | None = None
+    """Structures, where somebody drew them."""
+    lesions: np.ndarray | None = None
+    """(X, Y, Z) bool, where somebody drew them."""
 
 
 def real_scans(folders: Sequence[Path]) -> list[Case]:
@@ -51,23 +56,34 @@ def real_scans(folders: Sequence[Path]) -> list[Case]:
     with SCANS.open() as f:
         for row in csv.DictReader(f, delimiter="\t"):
             if row["path"] == "nilearn:":
-                found.append(Case(row["name"], row["sequence"], template()[0], None))
+                found.append(Case(row["name"], row["sequence"], template()[0]))
                 continue
             folder = next((f for f in folders if (f / row["path"]).exists()), None)
             if folder is not None:
-                truth = to_structures(load_any(folder / row["truth"])[1]) if row["suite"] == "freesurfer" else None
-                found.append(Case(row["name"], row["sequence"], load_any(folder / row["path"])[0], truth))
+                case = Case(row["name"], row["sequence"], load_any(folder / row["path"])[0])
+                drawn = load_mask(folder / row["truth"], case.study) if row["suite"] in ("freesurfer", "brats") else None
+                if row["suite"] == "freesurfer":
+                    case = replace(case, labels=to_structures(drawn))
+                elif drawn is not None:
+                    case = replace(case, lesions=drawn > 0)
+                found.append(case)
     if len(found) < 2:
         raise ValueError("expected the folder of validation scans that eval/scans.tsv lists, got one without any of them")
     return found
 
 
-def contrasts(image: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def contrasts(image: np.ndarray, labels: np.ndarray, lesions: np.ndarray) -> dict[str, float]:
     """Grey matter and ventricular fluid against white matter by their medians, and the spread of white matter (interquartile
-    range over median); intensities count from the background.
+    range over median); intensities count from the background. A region is what lies a pixel inside of it, and not beside a lesion.
+
+    Args:
+        image: (S, H, W).
+        labels: (S, H, W) FreeSurfer numbers.
+        lesions: (S, H, W) bool.
     """
-    image = image - image.min()
-    white, grey, fluid = (image[np.isin(labels, which)] for which in ([2, 41], [3, 42], FLUID))
+    image, cross = image - image.min(), ndimage.generate_binary_structure(2, 1)[None]
+    away = ~ndimage.binary_dilation(lesions, cross, iterations=BESIDE) if lesions.any() else ~lesions
+    white, grey, fluid = (image[ndimage.binary_erosion(np.isin(labels, which), cross) & away] for which in ([2, 41], [3, 42], FLUID))
     if min(len(white), len(grey), len(fluid)) < 50 or np.median(white) <= 0:
         return {}
     middle = np.median(white)
@@ -77,13 +93,11 @@ def contrasts(image: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def record_contrasts(record: Record) -> dict[str, float]:
-    """The same of a simulated study, lesions left out."""
+    """The same of a simulated study."""
     assert record.labels is not None
     assert record.lesions is not None
     table = np.array([0, *(s.label for s in STRUCTURES)])
-    labels = table[record.labels.numpy()]
-    labels[record.lesions.numpy() > 0] = 0
-    return contrasts(record.images[:, 1].numpy(), labels)
+    return contrasts(record.images[:, 1].numpy(), table[record.labels.numpy()], record.lesions.numpy() > 0)
 
 
 def simulate(maps: Path, numbers: range) -> dict[str, dict[str, list[float]]]:
@@ -103,7 +117,7 @@ def measure_realism(assistant: Assistant, maps: Path, validation: Sequence[Path]
     """Ranges of simulated studies and where real scans lie in them; what the assistant's head of sequences, a small classifier that has
     seen simulations alone, takes real scans for, without a threshold.
 
-    Regions of a real scan are drawn labels where there are any, else this assistant's own masks.
+    Regions and lesions of a real scan are what was drawn where somebody did, else this assistant's own masks.
     """
     cases = real_scans(validation)
     half = count // 2
@@ -114,9 +128,11 @@ def measure_realism(assistant: Assistant, maps: Path, validation: Sequence[Path]
     inside = total = named = family = 0
     for case in cases:
         seen = assistant.examine(replace(case.study.primary, sequence="unknown"))
-        labels = case.truth if case.truth is not None else seen.labels.masked_fill(seen.lesion_ranks > 0, 0).numpy()
+        labels = seen.labels.numpy() if case.labels is None else case.labels
+        lesions = seen.lesion_ranks.numpy() > 0 if case.lesions is None else case.lesions
+        own = (np.moveaxis(x, seen.slice_axis, 0) for x in (seen.volume.voxels[0].numpy(), labels, lesions))
         told: dict[str, Any] = {"sequence": case.sequence}
-        for k, v in contrasts(seen.volume.voxels[0].numpy(), labels).items():
+        for k, v in contrasts(*own).items():
             low, high = np.percentile(ranges[case.sequence][k], [1, 99])
             told[k] = {"value": round(v, 3), "range": [round(float(low), 3), round(float(high), 3)], "inside": bool(low <= v <= high)}
             inside += told[k]["inside"]
@@ -139,7 +155,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         (
             "Research use only. Not a medical device. Value in the real scan, and the 1st to 99th percentile of simulated studies "
-            f"of its sequence ({results['simulated studies']} studies)."
+            f"of its sequence ({results['simulated studies']} studies); of each region what lies a pixel inside of it and "
+            f"{BESIDE} from lesions."
         ),
         "",
         f"| scan | sequence | taken for, with its probability | {' | '.join(kinds)} |",

@@ -73,7 +73,8 @@ def test_a_probe_of_what_tells_tissues_apart_beats_one_of_noise(maps, checkpoint
     assert sees["all"]["value"] > none["all"]["value"] + 0.02
     assert set(sees["scans, few"]) == {"scan"}
     assert results["asked"] == 4
-    assert f"| sees | 0.0 M | 16 | {sees['all']['value']:.3f}" in markdown(results)
+    assert sees["all"]["value"] < results["true shares"][16]["value"] <= 1
+    assert f"| sees | 0.0 M | 16 | 1.0 | {sees['all']['value']:.3f}" in markdown(results)
 
 
 def test_random_weights_stand_beside_every_encoder(checkpoint, tmp_path):

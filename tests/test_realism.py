@@ -16,16 +16,20 @@ from omnimri.volume import Study
 
 
 def test_contrasts_are_ratios_to_white_matter_from_the_background():
-    labels = np.repeat([0, 2, 41, 3, 4], 60)
-    image = np.repeat([10.0, 110.0, 110.0, 80.0, 20.0], 60)
-    image[60:75], image[75:90] = 90.0, 130.0  # a quarter of white matter in all on either side
-    image[90:105] = 130.0
-    told = contrasts(image, labels)
-    assert told["grey/white"] == pytest.approx(0.7)
-    assert told["fluid/white"] == pytest.approx(0.1)
-    assert told["white spread"] == pytest.approx(0.05, abs=0.051)
-    assert contrasts(3 * image + 5, labels) == pytest.approx(told)
-    assert contrasts(image[:240], labels[:240]) == {}  # no ventricle
+    labels = np.repeat([0, 2, 41, 3, 4], 12)[None, None].repeat(40, 1)  # (1, 40, 60)
+    image = np.vectorize({0: 10.0, 2: 110.0, 41: 110.0, 3: 80.0, 4: 20.0}.get)(labels)
+    image[:, :13, 13:35], image[:, 27:, 13:35] = 90.0, 130.0
+    image[..., [12, 35, 36, 47, 48, 59]] = 500.0  # what lies at a border is mixed
+    none = np.zeros(labels.shape, dtype=bool)
+    told = contrasts(image, labels, none)
+    assert told == pytest.approx({"grey/white": 0.7, "fluid/white": 0.1, "white spread": 0.4})
+    assert contrasts(3 * image + 5, labels, none) == pytest.approx(told)
+    ill = none.copy()
+    ill[:, 12:, 36:48] = True
+    image[:, 7:, 37:47] = 400.0  # a lesion and what is beside it
+    assert contrasts(image, labels, ill) == pytest.approx(told)
+    assert contrasts(image, labels, none)["grey/white"] == pytest.approx(3.9)
+    assert contrasts(image[..., :48], labels[..., :48], none[..., :48]) == {}  # no ventricle
 
 
 def test_the_table_says_what_is_outside_and_what_a_scan_is_taken_for(maps, checkpoint, scan, monkeypatch):
