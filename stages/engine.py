@@ -205,6 +205,8 @@ def fit(
     device = torch.device("cpu") if config.cpu else torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if config.precision == "auto":
         config = replace(config, precision="bf16" if fast_bf16(device) else "no")
+    if config.precision == "no":
+        objective.float()  # a base comes in bfloat16, which only autocast brings together with the rest
     accelerator = Accelerator(
         mixed_precision=config.precision,
         # Without it processes on CPUs would not know of each other.

@@ -9,7 +9,7 @@ from .grounded import DialogueSource, GroundedDialogue
 
 LEARNING_RATE = {
     "language.*lora_*": 2e-3,
-    "language.model.embed_tokens.weight": 5e-4,
+    "language.model.embed_tokens.*": 5e-4,
     "projector.*": 3e-4,
     "heads.contrast.*": 0.0,
     "heads.sequence.*": 4e-3,

@@ -10,17 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM
 
 from omnimri import weights
-from omnimri.checkpoint import load_model, save_model
+from omnimri.checkpoint import load_model, newest_good, save_model
 from omnimri.digests import publish, sha256, write_digests
 from omnimri.model.config import preset
 from omnimri.model.language import load_base
 from omnimri.model.omnimri import OmniMRI
 from omnimri.tokens import extend_tokenizer, token_ids
 from stages.__main__ import load_vision, new_model, recipe_tokenizer
+from stages.__main__ import main as run_stage
 from stages.engine import FitConfig, parameter_groups
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
@@ -132,7 +134,8 @@ def base(tmp_path, monkeypatch):
     monkeypatch.setenv("OMNIMRI_CACHE", str(tmp_path / "cache"))
     tokenizer = recipe_tokenizer(vocab_size=600, records=30)
     torch.manual_seed(0)
-    language = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=2048, **SMALL))
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=2048,
+                                            dtype="bfloat16", **SMALL))  # fmt: skip
     partial = tmp_path / "partial"
     partial.mkdir()
     weights.save_language(language, tokenizer, partial)
@@ -154,6 +157,7 @@ def test_a_checkpoint_on_a_base_holds_none_of_it(base, tmp_path):
     model = OmniMRI(copy.deepcopy(model.config))
     model.load_base(base)
     model.add_lora(4)
+    model.float()
     out = tmp_path / "out"
     out.mkdir()
     save_model(model.eval(), tokenizer, out, provenance={})
@@ -195,7 +199,24 @@ def test_the_base_never_moves_and_its_rows_do(base):
     assert "language.model.embed_tokens.rows" in moves
     assert any("lora_B" in n for n in moves)
     before = load_file(base / "model.safetensors")
-    assert torch.equal(model.language.model.embed_tokens.base.weight, before["model.embed_tokens.weight"].float())
+    assert torch.equal(model.language.model.embed_tokens.base.weight, before["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_every_stage_trains_on_a_base_in_either_precision(base, tmp_path, precision):
+    """A base's configuration says bfloat16: without autocast its weights must become what the others are."""
+    common = ["--base", str(base), *(x for s in (f"precision={precision}", "steps=1", "batch_size=2", "num_slices=2", "validate_batches=1")
+                                     for x in ("--set", s))]  # fmt: skip
+    words = [x for s in ("mask_share=0", "word_share=0.999", "image_share=0") for x in ("--set", s)]
+    before: list[str] = []
+    for stage, own in {"vision": ["--set", "image_size=64"], "align": [], "pretrain": words, "instruct": words}.items():
+        assert run_stage([stage, "--out", str(tmp_path / stage), *common, *own, *before]) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for the life of a process
+        before = ["--init", str(tmp_path / stage)]
+    made, _, _ = load_model(newest_good(tmp_path / "instruct"))
+    old = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(made.language.model.embed_tokens.base.weight, old.float())
+    assert any(bool(p.abs().sum() > 0) for n, p in made.named_parameters() if "lora_B" in n)
 
 
 def test_weights_of_another_form_are_refused(base):

@@ -27,6 +27,8 @@ class TokenRows(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """(B, T) -> (B, T, E)."""
         known = self.base.num_embeddings
+        if not len(self.rows):
+            return self.base(ids_BT)
         new = self.rows[(ids_BT - known).clamp(min=0)]
         return torch.where((ids_BT >= known)[..., None], new, self.base(ids_BT.clamp(max=known - 1)))
 
