@@ -24,7 +24,7 @@ from .metrics.segmentation import dice
 from .reports import NOTICE, to_json, write_atomic
 from .scoring import Reconstructions, Scored, Structures, Table, Tissue, beside, by_rule, load, reports_table
 
-VERSION = 8
+VERSION = 9
 """Of the suites: figures of different versions are not compared."""
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "monai", "scikit-image", "scikit-learn", "sacrebleu", "spacy", "negspacy")
 
