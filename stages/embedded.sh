@@ -75,6 +75,5 @@ python -m stages.release "$runs/masks7" --mean-with "$runs/released6" --data "$d
 # The rule of lesions and the thresholds of sequences again, on more heads, with bright fluid left out of what may be a lesion. Of what it wrote,
 # the scope of the weights before was kept: it differs by 2 to 7 %, and would be another 36 MB.
 python -m stages.release omnimri/embedded --data "$data" --out "$runs/rule" --count 300 --heads 150
-# The head of sequences, fitted to what the model makes of studies, spoilt, and its thresholds; nothing else moves. (1,800 of those studies were others of
-# the same recipe.)
+# The head of sequences, fitted to what the model makes of studies, spoilt, and its thresholds; nothing else moves.
 python -m stages.release omnimri/embedded --data "$data" --out "$runs/sequence" --keep-calibration --profiles 3400
