@@ -48,7 +48,7 @@ def test_a_cancelled_answer_frees_the_server(server, tmp_path):
 
 
 def test_a_killed_server_loses_no_decision(server, tmp_path):
-    found = load.killed(server, load.study(tmp_path / "a.nii.gz", 5))
+    found = load.killed(server, load.study(tmp_path / "a.nii.gz", 0))
     assert "1 accepted" in found["report"]
     assert [row[2:] for row in found["audit"]] == [["state", "open", "accepted"]]
     assert found["answers"] == 1
