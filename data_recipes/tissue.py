@@ -103,14 +103,17 @@ for _name, _k in CODE.items():
 SIDED = tuple((k, CODE[n.replace("left", "right")]) for n, k in CODE.items() if n.startswith("left"))
 
 
-def tissue_table() -> tuple[Tensor, Tensor]:
-    """(NUM_CODES, 5) PD, T1, T2, T2*, ADC at 3 T, and (NUM_CODES,) by which power of the field T1 grows."""
-    table, power = torch.zeros(NUM_CODES, 5), torch.full((NUM_CODES,), 0.35)
+def tissue_table() -> tuple[Tensor, Tensor, Tensor]:
+    """(NUM_CODES, 5) PD, T1, T2, T2*, ADC at 3 T, (NUM_CODES,) by which power of the field T1 grows, and magnetization transfer relative to
+    white matter.
+    """
+    table, power, transfer = torch.zeros(NUM_CODES, 5), torch.full((NUM_CODES,), 0.35), torch.zeros(NUM_CODES)
     table[0] = torch.tensor([0.0, 1000.0, 50.0, 30.0, 0.0])
     for k, s in enumerate(STRUCTURES, 1):
-        values = torch.tensor(BRAIN[s.tissue])
+        values, transfer[k] = torch.tensor(BRAIN[s.tissue]), BOUND[s.tissue]
         stem = s.name.removeprefix("left ").removeprefix("right ")
         if stem in DEEP:
+            transfer[k] = BOUND["wm"] + DEEP[stem] * (BOUND["gm"] - BOUND["wm"])
             values = torch.lerp(torch.tensor(BRAIN["wm"]), torch.tensor(BRAIN["gm"]), DEEP[stem])
             values[2:4] *= torch.tensor([IRON.get(stem, 1.0) ** 0.5, IRON.get(stem, 1.0)])
         table[k] = values
@@ -119,25 +122,13 @@ def tissue_table() -> tuple[Tensor, Tensor]:
         table[CODE[name]] = torch.tensor(values)
     for name, values in PATHOLOGY.items():
         table[CODE[name]] = torch.tensor(values)
-    power[[CODE[n] for n in ("fifth ventricle", "eye", "cavity")]] = 0.0
-    return table[BASE_OF_CODE.long()], power[BASE_OF_CODE.long()]
-
-
-TISSUE, FIELD_POWER = tissue_table()
-
-
-def transfer_table() -> Tensor:
-    """(NUM_CODES,) magnetization transfer relative to white matter."""
-    table = torch.zeros(NUM_CODES)
-    for k, s in enumerate(STRUCTURES, 1):
-        toward_grey = DEEP.get(s.name.removeprefix("left ").removeprefix("right "))
-        table[k] = BOUND[s.tissue] if toward_grey is None else BOUND["wm"] + toward_grey * (BOUND["gm"] - BOUND["wm"])
     for name, bound in BOUND_ELSEWHERE.items():
-        table[CODE[name]] = bound
-    return table[BASE_OF_CODE.long()]
+        transfer[CODE[name]] = bound
+    power[[CODE[n] for n in ("fifth ventricle", "eye", "cavity")]] = 0.0
+    return table[BASE_OF_CODE.long()], power[BASE_OF_CODE.long()], transfer[BASE_OF_CODE.long()]
 
 
-TRANSFER = transfer_table()
+TISSUE, FIELD_POWER, TRANSFER = tissue_table()
 
 
 def swap_sides(codes: Tensor) -> Tensor:

@@ -68,6 +68,15 @@ def model(config):
     return OmniMRI(config).eval()
 
 
+@pytest.fixture
+def fresh_accelerate_state():
+    """accelerate keeps its precision for the life of a process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(config, tokenizer, scan, tmp_path_factory) -> Path:
     """A saved, untrained model: the first whose masks of the phantom scan hold several lesions, so that there is something to show."""

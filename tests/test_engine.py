@@ -27,6 +27,7 @@ from stages.engine import FitConfig, batch_at, fit, parameter_groups
 from stages.grounded import GroundedDialogue
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 def run(stage_name, config, tokenizer, out, *, workers, steps=4, shares=None, **changes):
@@ -39,15 +40,6 @@ def run(stage_name, config, tokenizer, out, *, workers, steps=4, shares=None, **
                          validate_every=100, validate_batches=1, workers=workers, seed=5)
     extra = {} if shares is None else dict(zip(("mask_share", "word_share"), shares, strict=True))
     return fit(stage.build(model, steps, **extra), source, replace(settings, **changes), out, tokenizer=tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    """accelerate keeps its precision for the life of a process."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("stage", list(STAGES))

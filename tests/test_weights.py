@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM
 
@@ -202,6 +201,7 @@ def test_the_base_never_moves_and_its_rows_do(base):
     assert torch.equal(model.language.model.embed_tokens.base.weight, before["model.embed_tokens.weight"])
 
 
+@pytest.mark.usefixtures("fresh_accelerate_state")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_every_stage_trains_on_a_base_in_either_precision(base, tmp_path, precision):
     """A base's configuration says bfloat16: without autocast its weights must become what the others are."""
@@ -211,7 +211,6 @@ def test_every_stage_trains_on_a_base_in_either_precision(base, tmp_path, precis
     before: list[str] = []
     for stage, own in {"vision": ["--set", "image_size=64"], "align": [], "pretrain": words, "instruct": words}.items():
         assert run_stage([stage, "--out", str(tmp_path / stage), *common, *own, *before]) == 0
-        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for the life of a process
         before = ["--init", str(tmp_path / stage)]
     made, _, _ = load_model(newest_good(tmp_path / "instruct"))
     old = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
